@@ -102,7 +102,7 @@ def gae(
 def whiten(advantage: Tensor, mask: Tensor, *, eps: float = 1e-8) -> Tensor:
     """(A - mean) / sqrt(var + eps) over all units of the batch, [B, U]; sample variance. Couples the batch.
 
-    For the policy only: `ppo_value` needs the advantages as `gae` returned them.
+    For the policy only: returns and values stay as `gae` has them.
     """
     total = mask.sum()
     away = clean(advantage - clean(advantage, mask).sum() / total.clamp(min=1), mask)

@@ -35,10 +35,11 @@ def row_mean(loss: Tensor, mask: Tensor) -> Tensor:
     return row_sum(loss, mask) / mask.sum(-1).clamp(min=1)
 
 
-def batch_mean(loss: Tensor, mask: Tensor) -> Tensor:
+def batch_mean(loss: Tensor, mask: Tensor, num_units: Tensor | None = None) -> Tensor:
     """B sum_u loss_u / (units in the batch), [B]: the mean over rows is the mean over all units (DAPO, PPO).
 
-    Couples the batch: cut into micro-batches, each part would be divided by its own number of units. Divide
-    `row_sum` by a global count where that matters.
+    num_units: units per row of the whole batch, [B]; each row is its sum divided by it. Without it couples
+    the batch: cut into micro-batches, each part would be divided by its own number of units.
     """
-    return row_sum(loss, mask) * mask.shape[0] / mask.sum().clamp(min=1)
+    per_row = mask.sum() / mask.shape[0] if num_units is None else num_units
+    return row_sum(loss, mask) / per_row.clamp(min=1e-6)

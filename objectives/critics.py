@@ -96,27 +96,27 @@ def pit_gap(ranked: ListLogLik) -> Tensor:
 def value_regression(units: UnitLogLik) -> Tensor:
     """mean over the batch's units of (v - G)^2 / 2, as [B] (`batch_mean`); G = target, the return."""
     error = square(unit_field(units, "value"), unit_field(units, "target"))
-    return batch_mean(error, units.mask) / 2
+    return batch_mean(error, units.mask, units.num_units) / 2
 
 
 @register(
     "ppo_value",
     takes=UnitLogLik,
     couples_batch=True,
-    requires=("value", "target", "advantage"),
+    requires=("value", "target", "old_value"),
     paper="Ivison et al. 2024 (Unpacking DPO and PPO), arXiv 2406.09279",
     equation="clipped value loss of PPO's released code",
 )
 def ppo_value(units: UnitLogLik, *, clip: float) -> Tensor:
     """mean over the batch's units of max((v - G)^2, (clip(v, v_old +- clip) - G)^2) / 2, as [B].
 
-    G = target and v_old = target - advantage, for both come from `gae`: advantage must be as it returned
-    it, not whitened or clamped. Where the clip binds and is the larger error, v has no gradient.
+    G = target, the return of `gae`; v_old = old_value, the critic's value when the sample was drawn. Where
+    the clip binds and is the larger error, v has no gradient.
     """
     value, target = unit_field(units, "value"), unit_field(units, "target")
-    old = target - unit_field(units, "advantage")
+    old = unit_field(units, "old_value")
     error = torch.maximum(square(value, target), square(value.clamp(old - clip, old + clip), target))
-    return batch_mean(error, units.mask) / 2
+    return batch_mean(error, units.mask, units.num_units) / 2
 
 
 def log_ratio_to_go(units: UnitLogLik) -> Tensor:

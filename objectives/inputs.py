@@ -229,7 +229,9 @@ class UnitLogLik:
     """Log-probs per unit (token, turn, denoising step, slot), [B, U]; mask False marks padding.
 
     ref, old: the same under the reference and under the policy that drew the sample; advantage, value,
-    target: per unit. kl, entropy: exact values over the whole vocabulary, per unit.
+    target: per unit. old_value: the critic's value when the sample was drawn. kl, entropy: exact values over
+    the whole vocabulary, per unit. num_units: units per row of the whole batch that this is a part of, [B]:
+    losses that are means over a batch's units divide by it, and then no cut of the batch changes them.
     All but logp, value, kl and entropy are detached.
     """
 
@@ -242,12 +244,15 @@ class UnitLogLik:
     target: Tensor | None = None
     kl: Tensor | None = None
     entropy: Tensor | None = None
+    old_value: Tensor | None = None
+    num_units: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _prepare(self, detached=("ref", "old", "advantage", "target"))
+        _prepare(self, detached=("ref", "old", "advantage", "target", "old_value", "num_units"))
         _rank("UnitLogLik", "logp", self.logp, "BU")
-        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "logp"}
+        rest = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("logp", "num_units")}
         _same_shape("UnitLogLik", self.logp.shape, **rest)
+        _same_shape("UnitLogLik", self.logp.shape[:1], num_units=self.num_units)
 
 
 Input = LogLik | PairLogLik | RevisionLogLik | ListLogLik | LabelledLogLik | UnitLogLik
@@ -269,13 +274,13 @@ def with_reference(policy: AnyInput, reference: AnyInput) -> AnyInput:
 
 
 def provided(x: Input) -> frozenset[str]:
-    """Names of the optional fields that an input fills, those of its log-likelihoods included; not `mask`."""
+    """Names of the optional fields that an input fills, its log-likelihoods' included; no masks and counts."""
     filled: set[str] = set()
     for field in fields(x):
         value = getattr(x, field.name)
         if isinstance(value, LogLik):
             filled |= provided(value)
-        if field.default is None and value is not None and field.name != "mask":
+        if field.default is None and value is not None and field.name not in ("mask", "num_units"):
             filled.add(field.name)
     return frozenset(filled)
 

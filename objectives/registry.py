@@ -67,6 +67,7 @@ class Spec:
     uses: optional fields that it takes when present; data carrying any other is refused when built.
     couples_batch: rows are not independent. on_policy: needs exact log-probs of fresh samples.
     surrogate: its gradient is meant, its value is not: a part is held constant under the derivative.
+    row_advantage: it has one ratio and one advantage a row, so advantages may not differ between units.
     choices: allowed strings by hyper-parameter. choice_requires: the field that a string needs besides.
     refused: strings that a reader may try by hyper-parameter, each with the reason why it is not offered.
     """
@@ -78,6 +79,7 @@ class Spec:
     couples_batch: bool = False
     on_policy: bool = False
     surrogate: bool = False
+    row_advantage: bool = False
     paper: str = ""
     equation: str = ""
     requires: frozenset[str] = frozenset()

@@ -66,7 +66,7 @@ def ppo(units: UnitLogLik, *, clip: float) -> Tensor:
 
     rho = exp(logp - old). Advantages usually come from `gae`, whitened. The value loss is `ppo_value`.
     """
-    return batch_mean(clipped_units(units, clip=clip), units.mask)
+    return batch_mean(clipped_units(units, clip=clip), units.mask, units.num_units)
 
 
 @policy_gradient(
@@ -113,15 +113,17 @@ def dapo(units: UnitLogLik, *, clip: float, clip_high: float, delta: float | Non
     """mean over the batch's units of -min(rho A, clip(rho, 1 - clip, 1 + clip_high) A), as [B].
 
     `ppo` with a higher upper clip, on group advantages. Not the mean of row means (`grpo`): a row's weight
-    grows with its length. [B] is B * row sum / units in the batch given, so a batch cut into micro-batches
-    divides each part by its own count, as TRL's `bnpo` does. Dynamic sampling and overlong shaping act on
-    data and rewards.
+    grows with its length. [B] is B * row sum / units in the batch; without `num_units` a batch cut into
+    micro-batches divides each part by its own count, as TRL's `bnpo` does. Dynamic sampling and overlong
+    shaping act on data and rewards.
     """
-    return batch_mean(clipped_units(units, clip=clip, clip_high=clip_high, delta=delta), units.mask)
+    loss = clipped_units(units, clip=clip, clip_high=clip_high, delta=delta)
+    return batch_mean(loss, units.mask, units.num_units)
 
 
 @policy_gradient(
     "rloo",
+    row_advantage=True,
     paper="Ahmadian et al. 2024 (Back to basics), arXiv 2402.14740",
     equation="REINFORCE leave-one-out",
 )
@@ -134,7 +136,7 @@ def rloo(units: UnitLogLik, *, clip: float, clip_high: float | None = None) -> T
     return clipped(ratio(row_log_ratio(units)), row_advantage(units), clip=clip, clip_high=clip_high)
 
 
-@policy_gradient("gspo", paper="Zheng et al. 2025, arXiv 2507.18071", equation="5, 7")
+@policy_gradient("gspo", row_advantage=True, paper="Zheng et al. 2025, arXiv 2507.18071", equation="5, 7")
 def gspo(units: UnitLogLik, *, clip: float, clip_high: float | None = None) -> Tensor:
     """-min(s A, clip(s) A), [B], s = exp(mean_u (logp - old)): one length-normalised ratio a sample.
 
@@ -143,7 +145,7 @@ def gspo(units: UnitLogLik, *, clip: float, clip_high: float | None = None) -> T
     return clipped(ratio(row_mean_log_ratio(units)), row_advantage(units), clip=clip, clip_high=clip_high)
 
 
-@policy_gradient("luspo", paper="LUSPO 2026, arXiv 2602.05261", equation="-")
+@policy_gradient("luspo", row_advantage=True, paper="LUSPO 2026, arXiv 2602.05261", equation="-")
 def luspo(units: UnitLogLik, *, clip: float, clip_high: float | None = None) -> Tensor:
     """-|row| min(s A, clip(s) A), [B], s = exp(mean_u (logp - old)): length-unbiased `gspo`.
 
@@ -154,6 +156,7 @@ def luspo(units: UnitLogLik, *, clip: float, clip_high: float | None = None) -> 
 
 @policy_gradient(
     "gmpo",
+    row_advantage=True,
     paper="Zhao et al. 2025 (Geometric-mean policy optimization), arXiv 2507.20673",
     equation="geometric-mean objective",
 )
@@ -179,7 +182,7 @@ def cispo(units: UnitLogLik, *, clip_high: float, clip: float = 1.0) -> Tensor:
     """
     weight = ratio(unit_log_ratio(units)).clamp(1 - clip, 1 + clip_high)
     loss = detached_weight(weight, unit_field(units, "advantage"), unit_field(units, "logp"))
-    return batch_mean(loss, units.mask)
+    return batch_mean(loss, units.mask, units.num_units)
 
 
 @policy_gradient(
@@ -225,7 +228,8 @@ def vespo(
         return d + a * log_w - d * ratio(log_w)
 
     phi = torch.where(advantage >= 0, log_phi(alpha, delta), log_phi(alpha_negative, delta_negative)).exp()
-    return batch_mean(detached_weight(phi, advantage, unit_field(units, "logp")), units.mask)
+    loss = detached_weight(phi, advantage, unit_field(units, "logp"))
+    return batch_mean(loss, units.mask, units.num_units)
 
 
 @policy_gradient(
@@ -285,6 +289,7 @@ def ddpo(units: UnitLogLik, *, clip: float = 1e-4, delta: float = 5.0) -> Tensor
 
 @register(
     "a2po",
+    row_advantage=True,
     takes=UnitLogLik,
     needs_reference=True,
     on_policy=True,

@@ -38,7 +38,9 @@ def evaluate(
                 inputs = referenced(task, unwrapped(policy), batch, generator)
             loss_B, parts = task.terms(inputs)
             if cut:
-                found.append(([d.index for d in cut], row_metrics(task.terms, inputs, loss_B, parts)))
+                values = row_metrics(task.terms, inputs, loss_B, parts)
+                folded = {name: task.fold(rows, batch) for name, rows in values.items()}
+                found.append(([d.index for d in cut], folded))
     rows = [(i, {n: v.tolist() for n, v in values.items()}) for i, values in found]
     if accelerator.num_processes > 1:
         rows = gather_object(rows)

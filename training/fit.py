@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from triptych.training.checkpoint import (
     Checkpoint,
@@ -28,7 +28,7 @@ from triptych.training.logs import MetricsLog, Progress
 from triptych.training.loop import Learner, Task, train_step
 from triptych.training.meters import Meter
 from triptych.training.order import num_steps_of
-from triptych.training.references import unwrapped
+from triptych.training.references import trained
 from triptych.training.sharding import laid_out_like, whole
 
 
@@ -67,6 +67,127 @@ def planned_steps(config: OptimConfig, num_samples: int) -> int:
     return num_steps_of(num_samples=num_samples, batch_size=config.batch_size, num_epochs=config.num_epochs)
 
 
+@dataclass(slots=True, kw_only=True)
+class Session:
+    """One run on its way: steps, logs, held-out metrics and checkpoints, for `fit` and for rounds.
+
+    extra: what a checkpoint keeps besides the learner, as (group -> name -> tensor, JSON values).
+    after_step: called after every optimizer step, before anything is saved.
+    """
+
+    learner: Learner
+    config: OptimConfig
+    run: RunConfig
+    accelerator: Accelerator
+    identity: Mapping[str, Any]
+    hooks: Hooks
+    num_steps: int
+    extra: Callable[[], tuple[Mapping[str, Mapping[str, Tensor]], Mapping[str, Any]]] = lambda: ({}, {})
+    after_step: Callable[[], None] = lambda: None
+    _log: MetricsLog | None = None
+    _progress: Progress | None = None
+    _meter: Meter | None = None
+
+    def __post_init__(self) -> None:
+        if self.config.batch_size < self.accelerator.num_processes:
+            raise ValueError(
+                f"optim.batch_size={self.config.batch_size} is less than the "
+                f"{self.accelerator.num_processes} processes"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.run.output_dir)
+
+    def start(self) -> Checkpoint | None:
+        """Go on from the newest good checkpoint, or begin: open the log, draw the bar, evaluate at step 0."""
+        root = self.folder / "checkpoints"
+        found = _resume(self.learner, root, self.run, self.accelerator, self.identity, self.hooks.report)
+        if self.accelerator.is_main_process:
+            # A run that starts anew drops every line of an interrupted one that had not come to a checkpoint.
+            self._log = MetricsLog(self.folder / "metrics.jsonl", -1 if found is None else found.step)
+        self._progress = self.hooks.progress(self.num_steps, self.learner.step)
+        self._meter = Meter(self.accelerator.device)
+        if found is None:
+            _evaluate(self.learner, self.hooks, self._log, self.accelerator)
+        return found
+
+    def advance(self, task: Task, until: int, *, seed: int, start: int = 0) -> bool:
+        """Optimizer steps on windows of the task up to step `until`; False when asked to stop before it.
+
+        seed: of the order of samples; start: the step of the task's first window.
+        """
+        assert self._meter is not None
+        while self.learner.step < until:
+            before = self.learner.step
+            norm = train_step(
+                task,
+                self.learner,
+                self.config,
+                self.accelerator,
+                seed=seed,
+                num_steps=self.num_steps,
+                meter=self._meter,
+                start=start,
+            )
+            if norm is None:
+                self.hooks.report(f"skipped a window: {self.learner.skipped[-1]}")
+            self.after_step()
+            if not self._record(before, norm):
+                return False
+        return True
+
+    def pass_over(self, until: int) -> bool:
+        """Go to step `until` without updates: a round had fewer samples than planned. False as `advance`."""
+        before, self.learner.step = self.learner.step, max(until, self.learner.step)
+        return before == self.learner.step or self._record(before, None)
+
+    def write(self, split: str, values: Mapping[str, float]) -> None:
+        """One event at the present step."""
+        _write(self._log, self.accelerator, self.learner.step, split, values)
+
+    def close(self) -> None:
+        """End the bar and the log."""
+        if self._progress is not None:
+            self._progress.close()
+        if self._log is not None:
+            self._log.close()
+
+    def _record(self, before: int, norm: Tensor | None) -> bool:
+        """Log, evaluate and save what falls due between two steps; False when the run is to stop."""
+        assert self._meter is not None
+        assert self._progress is not None
+        step, run = self.learner.step, self.run
+        last = step == self.num_steps
+        stop = _any(self.hooks.stop(), self.accelerator)
+        save = last or stop or _due(run.save_every, before, step)
+        values: dict[str, float] = {}
+        if save or _due(run.log_every, before, step):
+            values = self._meter.read(lambda t: self.accelerator.reduce(t, "sum"))  # type: ignore[arg-type, return-value]
+            values["learning_rate"] = learning_rate(self.config, step=step - 1, num_steps=self.num_steps)
+            if norm is not None:
+                values["grad_norm"] = float(norm)
+            self.write("train", values)
+        shown = {k: v for k, v in values.items() if k in ("loss", "rewards/accuracies")}
+        self._progress.update(step, **shown)
+        if last or _due(run.eval_every, before, step):
+            _evaluate(self.learner, self.hooks, self._log, self.accelerator)
+        if save:
+            tensors, state = self.extra()
+            save_learner(
+                self.learner,
+                self.folder / "checkpoints",
+                self.accelerator,
+                self.identity,
+                self._log,
+                run.keep_checkpoints,
+                tensors=tensors,
+                state=state,
+            )
+        return not stop
+
+
 def fit(
     task: Task,
     learner: Learner,
@@ -83,54 +204,21 @@ def fit(
     moment and started again, the run ends with bitwise the same weights and losses (same device and ranks).
     Raises CheckpointError when the checkpoint belongs to other settings, NonFiniteError as `train_step` does.
     """
-    folder = Path(run.output_dir)
-    num_steps = planned_steps(config, len(task.examples))
-    if config.batch_size < accelerator.num_processes:
-        raise ValueError(
-            f"optim.batch_size={config.batch_size} is less than the {accelerator.num_processes} processes"
-        )
-    start = _resume(learner, folder / "checkpoints", run, accelerator, identity, hooks.report)
-    # A run that starts anew drops every line of an interrupted one that had not come to a checkpoint.
-    log = (
-        MetricsLog(folder / "metrics.jsonl", -1 if start is None else start)
-        if accelerator.is_main_process
-        else None
+    session = Session(
+        learner=learner,
+        config=config,
+        run=run,
+        accelerator=accelerator,
+        identity=identity,
+        hooks=hooks,
+        num_steps=planned_steps(config, len(task.examples)),
     )
-    progress = hooks.progress(num_steps, learner.step)
-    meter = Meter(accelerator.device)
     try:
-        if start is None:
-            _evaluate(learner, hooks, log, accelerator)
-        while learner.step < num_steps:
-            norm = train_step(
-                task, learner, config, accelerator, seed=run.seed, num_steps=num_steps, meter=meter
-            )
-            if norm is None:
-                hooks.report(f"skipped a window: {learner.skipped[-1]}")
-            step, last = learner.step, learner.step == num_steps
-            stop = _any(hooks.stop(), accelerator)
-            save = last or stop or _due(run.save_every, step)
-            values: dict[str, float] = {}
-            if save or _due(run.log_every, step):
-                values = meter.read(lambda t: accelerator.reduce(t, "sum"))  # type: ignore[arg-type, return-value]
-                values["learning_rate"] = learning_rate(config, step=step - 1, num_steps=num_steps)
-                if norm is not None:
-                    values["grad_norm"] = float(norm)
-                _write(log, accelerator, step, "train", values)
-            progress.update(step, **{k: v for k, v in values.items() if k in ("loss", "rewards/accuracies")})
-            if last or _due(run.eval_every, step):
-                _evaluate(learner, hooks, log, accelerator)
-            if save:
-                save_learner(
-                    learner, folder / "checkpoints", accelerator, identity, log, run.keep_checkpoints
-                )
-            if stop:
-                break
+        session.start()
+        session.advance(task, session.num_steps, seed=run.seed)
     finally:
-        progress.close()
-        if log is not None:
-            log.close()
-    return Outcome(step=learner.step, num_steps=num_steps, skipped=tuple(learner.skipped))
+        session.close()
+    return Outcome(step=learner.step, num_steps=session.num_steps, skipped=tuple(learner.skipped))
 
 
 def save_learner(
@@ -140,32 +228,40 @@ def save_learner(
     identity: Mapping[str, Any],
     log: MetricsLog | None,
     keep: int,
+    *,
+    tensors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    state: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the trained weights, the optimizer and the step as one checkpoint; the first rank writes."""
-    named = _trained(learner.policy)
+    """Write the trained weights, the optimizer and the step as one checkpoint; the first rank writes.
+
+    tensors, state: what else it keeps.
+    """
+    named = trained(learner.policy)
     weights = {name: whole(p.detach()) for name, p in named.items()}
-    state = {
+    moments = {
         index: {k: whole(v) for k, v in entry.items()}
         for index, entry in learner.optimizer.state_dict()["state"].items()
     }
+    more = {group: {k: whole(v) for k, v in entry.items()} for group, entry in (tensors or {}).items()}
     groups = learner.optimizer.state_dict()["param_groups"]
     if accelerator.is_main_process:
         if log is not None:
             log.sync()
-        tensors, flat = flatten_optimizer({"state": state, "param_groups": groups}, list(named))
-        saved = {
+        optimizer, flat = flatten_optimizer({"state": moments, "param_groups": groups}, list(named))
+        saved = dict(state or {}) | {
             "identity": plain(identity),
             "optimizer": flat,
             "skips": learner.skips,
             "skipped": learner.skipped,
         }
-        save_checkpoint(root, learner.step, {"policy": weights, "optimizer": tensors}, saved, keep=keep)
+        groups_of_tensors = more | {"policy": weights, "optimizer": optimizer}
+        save_checkpoint(root, learner.step, groups_of_tensors, saved, keep=keep)
     accelerator.wait_for_everyone()
 
 
 def load_learner(learner: Learner, checkpoint: Checkpoint) -> None:
     """Put a checkpoint's weights, optimizer state and step into a learner, or raise CheckpointError."""
-    named = _trained(learner.policy)
+    named = trained(learner.policy)
     load_weights(learner.policy, checkpoint)
     flat = checkpoint.state["optimizer"]
     state = unflatten_optimizer(checkpoint.tensors.get("optimizer", {}), flat, list(named))
@@ -182,7 +278,7 @@ def load_learner(learner: Learner, checkpoint: Checkpoint) -> None:
 
 def load_weights(policy: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's trained weights into a policy; CheckpointError when names or shapes differ."""
-    named, saved = _trained(policy), checkpoint.tensors["policy"]
+    named, saved = trained(policy), checkpoint.tensors["policy"]
     if odd := sorted(named.keys() ^ saved.keys()):
         raise CheckpointError(
             f"the checkpoint's trained weights differ from the policy's: {', '.join(odd[:5])}"
@@ -203,7 +299,7 @@ def _resume(
     accelerator: Accelerator,
     identity: Mapping[str, Any],
     report: Callable[[str], None],
-) -> int | None:
+) -> Checkpoint | None:
     if accelerator.is_main_process:
         for line in clean_temporary(root):
             report(line)
@@ -229,7 +325,7 @@ def _resume(
     refuse_changed(found.state["identity"], plain(identity), override=override)
     load_learner(learner, found)
     report(f"resumed from {root.name}/step-{found.step:08d}")
-    return found.step
+    return found
 
 
 def _evaluate(learner: Learner, hooks: Hooks, log: MetricsLog | None, accelerator: Accelerator) -> None:
@@ -259,10 +355,6 @@ def plain(value: Any) -> Any:
     return value if value is None or (isinstance(value, (bool, int, float, str)) and finite) else str(value)
 
 
-def _trained(policy: nn.Module) -> dict[str, nn.Parameter]:
-    return {n: p for n, p in unwrapped(policy).named_parameters() if p.requires_grad}
-
-
 def _any(flag: bool, accelerator: Accelerator) -> bool:
     if accelerator.num_processes == 1:
         return flag
@@ -270,5 +362,5 @@ def _any(flag: bool, accelerator: Accelerator) -> bool:
     return bool(total)  # type: ignore[arg-type]
 
 
-def _due(every: int, step: int) -> bool:
-    return every > 0 and step % every == 0
+def _due(every: int, before: int, step: int) -> bool:
+    return every > 0 and step // every > before // every

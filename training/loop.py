@@ -30,11 +30,18 @@ class NonFiniteError(RuntimeError):
     """A loss or gradient was not finite; the update did not happen. The message names the records."""
 
 
+def _rows_are_samples(rows: Tensor, batch: Any) -> Tensor:
+    return rows
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """What is learnt: samples, how likely the policy finds them, and what to make of that.
 
     lengths[i]: cost of sample i, for batches of similar length. sources[i]: where it came from, for messages.
+    fold: rows of the objective -> samples of the batch, where a sample has several rows. also: tasks whose
+    loss, times their weight, is added at every step; batch_size: their samples a step (None:
+    optim.batch_size). name: put before their metrics.
     """
 
     likelihood: Likelihood
@@ -44,6 +51,11 @@ class Task:
     examples: Sequence[Any]
     lengths: Sequence[int]
     sources: Sequence[str]
+    fold: Callable[[Tensor, Any], Tensor] = _rows_are_samples
+    also: tuple[Task, ...] = ()
+    weight: float = 1.0
+    batch_size: int | None = None
+    name: str = ""
 
     def __post_init__(self) -> None:
         if missing := [s for s in self.terms.slots() if s not in self.references]:
@@ -113,21 +125,23 @@ def train_step(
     seed: int,
     num_steps: int,
     meter: Meter,
+    start: int = 0,
 ) -> Tensor | None:
-    """One optimizer step on window `learner.step`; returns the gradient norm, or None for a skipped window.
+    """One optimizer step on window `learner.step - start`; the gradient norm, or None for a skipped window.
 
+    seed: of the order of samples. start: the step at which the task began (a round does not begin at 0).
     Raises NonFiniteError, before the weights change, when a loss or the norm is not finite and
     config.on_nonfinite is 'stop' or the limit of skips is reached.
     """
     step = learner.step
-    seen = _accumulate(task, learner, config, accelerator, seed)
+    seen = _accumulate(task, learner, config, accelerator, seed, start)
     parameters = [p for g in learner.optimizer.param_groups for p in g["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if not _all_finite(norm, [rows["loss"] for _, rows in seen], accelerator):
+    if not _all_finite(norm, [s.rows["loss"] for s in seen], accelerator):
         learner.optimizer.zero_grad()
-        _handle_nonfinite(task, learner, config, accelerator, seen, float(norm))
+        _handle_nonfinite(learner, config, accelerator, seen, float(norm))
         learner.step += 1
         return None
     for group in learner.optimizer.param_groups:
@@ -136,39 +150,63 @@ def train_step(
     learner.optimizer.zero_grad()
     learner.step += 1
     learner.skips = 0
-    for _, rows in seen:
-        meter.add(rows)
+    for part in seen:
+        prefix = f"{part.task.name}/" if part.task is not task else ""
+        meter.add({f"{prefix}{name}": rows for name, rows in part.rows.items()})
     return norm
 
 
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """A micro-batch that went through: its task, draws, and metrics a sample."""
+
+    task: Task
+    draws: list[Draw]
+    rows: dict[str, Tensor]
+
+
 def _accumulate(
-    task: Task, learner: Learner, config: OptimConfig, accelerator: Accelerator, seed: int
-) -> list[tuple[list[Draw], dict[str, Tensor]]]:
-    """Gradient of the window's mean loss, micro-batch by micro-batch; this rank's draws and row metrics."""
+    task: Task, learner: Learner, config: OptimConfig, accelerator: Accelerator, seed: int, start: int
+) -> list[_Seen]:
+    """Gradient of the window's mean loss, micro-batch by micro-batch; what this rank went through."""
     step = learner.step
-    draws = window(seed=seed, step=step, num_samples=len(task.examples), batch_size=config.batch_size)
+    work = [
+        (t, cut, weight)
+        for t in (task, *task.also)
+        for cut, weight in _cuts(t, config, accelerator, step - start, seed)
+    ]
+    seen: list[_Seen] = []
+    for i, (t, cut, weight) in enumerate(work):
+        last = i == len(work) - 1
+        with nullcontext() if last else accelerator.no_sync(learner.policy):
+            # Dropout depends on step, rank and micro-batch alone, so resuming needs no generator state.
+            torch.manual_seed(key("dropout", seed, step, accelerator.process_index, i))
+            loss_B, rows = _forward(t, learner.policy, cut, accelerator, seed)
+            accelerator.backward(loss_B.sum() * weight)
+        if weight:
+            seen.append(_Seen(t, cut, rows))
+    return seen
+
+
+def _cuts(
+    task: Task, config: OptimConfig, accelerator: Accelerator, place: int, seed: int
+) -> list[tuple[list[Draw], float]]:
+    """This rank's micro-batches of the task's window and the factor of each one's summed loss."""
+    num_ranks = accelerator.num_processes
+    size = task.batch_size or config.batch_size
+    draws = window(seed=seed, step=place, num_samples=len(task.examples), batch_size=size)
     cuts = micro_batches(
         draws,
         task.lengths,
         rank=accelerator.process_index,
-        num_ranks=accelerator.num_processes,
+        num_ranks=num_ranks,
         micro_batch_size=config.micro_batch_size,
     )
-    most = math.ceil(math.ceil(config.batch_size / accelerator.num_processes) / config.micro_batch_size)
-    scale = accelerator.num_processes / config.batch_size
-    seen: list[tuple[list[Draw], dict[str, Tensor]]] = []
-    for i in range(most):
-        # A rank with one micro-batch less repeats its last one at weight 0: collectives stay in step.
-        cut, weight = (cuts[i], scale) if i < len(cuts) else (cuts[-1], 0.0)
-        last = i == most - 1
-        with nullcontext() if last else accelerator.no_sync(learner.policy):
-            # Dropout depends on step, rank and micro-batch alone, so resuming needs no generator state.
-            torch.manual_seed(key("dropout", seed, step, accelerator.process_index, i))
-            loss_B, rows = _forward(task, learner.policy, cut, accelerator, seed)
-            accelerator.backward(loss_B.sum() * weight)
-        if weight:
-            seen.append((cut, rows))
-    return seen
+    most = math.ceil(math.ceil(size / num_ranks) / config.micro_batch_size)
+    scale = task.weight * num_ranks / size
+    # A rank with one micro-batch less repeats one at weight 0: collectives stay in step.
+    spare = cuts[-1] if cuts else draws[:1]
+    return [(cuts[i], scale) if i < len(cuts) else (spare, 0.0) for i in range(most)]
 
 
 def _all_finite(norm: Tensor, losses: Sequence[Tensor], accelerator: Accelerator) -> bool:
@@ -191,7 +229,8 @@ def _forward(
     with accelerator.autocast():
         inputs = referenced(task, policy, batch, generator)
     loss_B, parts = task.terms(inputs)
-    return loss_B, row_metrics(task.terms, inputs, loss_B.detach(), parts)
+    rows = row_metrics(task.terms, inputs, loss_B.detach(), parts)
+    return task.fold(loss_B, batch), {name: task.fold(values, batch) for name, values in rows.items()}
 
 
 def row_metrics(
@@ -213,23 +252,22 @@ def row_metrics(
 
 
 def _handle_nonfinite(
-    task: Task,
     learner: Learner,
     config: OptimConfig,
     accelerator: Accelerator,
-    seen: Sequence[tuple[list[Draw], Mapping[str, Tensor]]],
+    seen: Sequence[_Seen],
     norm: float,
 ) -> None:
     """Name the records on all ranks, then raise or count; every rank takes the same decision."""
-    bad: list[int] = []
-    for draws, rows in seen:
-        flags = (~torch.isfinite(rows["loss"])).tolist()
-        bad += [d.index for d, flag in zip(draws, flags, strict=True) if flag]
-    whole = [d.index for draws, _ in seen for d in draws]
+    bad: list[str] = []
+    for part in seen:
+        flags = (~torch.isfinite(part.rows["loss"])).tolist()
+        bad += [part.task.sources[d.index] for d, flag in zip(part.draws, flags, strict=True) if flag]
+    whole = [part.task.sources[d.index] for part in seen for d in part.draws]
     if accelerator.num_processes > 1:
         bad, whole = gather_object(bad), gather_object(whole)
     learner.skips += 1
-    names = ", ".join(sorted(task.sources[i] for i in (bad or whole)))
+    names = ", ".join(sorted(bad or whole))
     what = (
         "the loss is not finite for"
         if bad

@@ -11,11 +11,13 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from triptych.objectives import Input
 from triptych.training.values import ValueStore
@@ -69,6 +71,17 @@ class Reference(Protocol):
         """See the class."""
         ...
 
+    def active(self, policy: nn.Module) -> AbstractContextManager[Any]:
+        """Inside, the yielded module is the reference, in evaluation mode and without gradient."""
+        ...
+
+
+def _terms(
+    reference: Reference, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: Any
+) -> Tensor:
+    with reference.active(policy) as module:
+        return likelihood.terms(module, batch, generator)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterOff:
@@ -78,9 +91,14 @@ class AdapterOff:
         self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """Terms under the base model. ValueError when the policy has no adapter."""
+        return _terms(self, likelihood, policy, batch, generator)
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The policy with its adapters off."""
         adapted = find_adapted(policy)
         with unchanged(policy), torch.no_grad(), adapted.disable_adapter():
-            return likelihood.terms(unwrapped(policy), batch, generator)
+            yield unwrapped(policy)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +111,11 @@ class Sibling:
         self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """Terms under the sibling. ValueError when the policy has no adapter of that name."""
+        return _terms(self, likelihood, policy, batch, generator)
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The policy with the sibling as its active adapter."""
         adapted = find_adapted(policy)
         if self.adapter not in adapted.peft_config:
             raise ValueError(f"no adapter '{self.adapter}'; there are {', '.join(adapted.peft_config)}")
@@ -100,7 +123,7 @@ class Sibling:
         with unchanged(policy), torch.no_grad():
             adapted.set_adapter(self.adapter)
             try:
-                return likelihood.terms(unwrapped(policy), batch, generator)
+                yield unwrapped(policy)
             finally:
                 adapted.set_adapter(name)
                 if active != [name]:
@@ -123,8 +146,81 @@ class FrozenCopy:
         self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """Terms under the snapshot."""
+        return _terms(self, likelihood, policy, batch, generator)
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The copy."""
         with torch.no_grad():
-            return likelihood.terms(self.model, batch, generator)
+            yield self.model
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The policy's trained weights as they were at some time, swapped in for the call.
+
+    Costs the memory of the trained weights alone. values: name of a trained parameter -> its value; both
+    `take` and `follow` change them in place.
+    """
+
+    values: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, policy: nn.Module) -> Snapshot:
+        """The policy's trained weights now."""
+        return cls({name: p.detach().clone() for name, p in trained(policy).items()})
+
+    def take(self, policy: nn.Module) -> None:
+        """Become the policy as it is now."""
+        self.follow(policy, 0.0)
+
+    @torch.no_grad()
+    def follow(self, policy: nn.Module, decay: float) -> None:
+        """value <- decay value + (1 - decay) weight."""
+        for name, parameter in trained(policy).items():
+            value = self.values[name]
+            if decay:
+                value.mul_(decay).add_(parameter.detach(), alpha=1 - decay)
+            else:
+                value.copy_(parameter.detach())
+
+    def __call__(
+        self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Terms under the snapshot."""
+        return _terms(self, likelihood, policy, batch, generator)
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The policy with the snapshot's weights."""
+        named = trained(policy)
+        with unchanged(policy), torch.no_grad():
+            now = {name: _exchange(p, self.values[name]) for name, p in named.items()}
+            try:
+                yield unwrapped(policy)
+            finally:
+                for name, p in named.items():
+                    _exchange(p, now[name])
+
+
+def _exchange(parameter: nn.Parameter, value: Tensor) -> Tensor:
+    """Give a parameter another value; returns the one it had.
+
+    Where it can be, storage is exchanged, so that a graph made before stays valid; shards are copied, as
+    FSDP2 gathers from memory of its own.
+    """
+    if isinstance(parameter, DTensor):
+        old = parameter.detach().clone()
+        parameter.copy_(value)
+        return old
+    old = parameter.data
+    parameter.data = value
+    return old
+
+
+def trained(policy: nn.Module) -> dict[str, nn.Parameter]:
+    """The policy's parameters that require a gradient, by name."""
+    return {n: p for n, p in unwrapped(policy).named_parameters() if p.requires_grad}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +248,19 @@ class Cached:
             self.store.add(keys, terms, batch.counts)
         return self.store.table(keys).to(batch.counts.device, non_blocking=True)
 
+    def active(self, policy: nn.Module) -> AbstractContextManager[Any]:
+        """What the source is; ValueError without one."""
+        if self.source is None:
+            raise ValueError("cached reference values without a source cannot be sampled from")
+        return self.source.active(policy)
+
     def keys(self, batch: Any) -> list[str]:
         """Store keys of the batch's candidates."""
-        return [store_key(self.identity, k) for k in batch.keys]
+        return self.keys_of(batch.keys)
+
+    def keys_of(self, candidates: Sequence[str]) -> list[str]:
+        """Store keys of candidates given by their content hashes."""
+        return [store_key(self.identity, k) for k in candidates]
 
     def fill(
         self,

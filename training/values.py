@@ -7,7 +7,7 @@ float32 vectors of any length; a key that is already there is never overwritten,
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +37,19 @@ class ValueStore:
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def keys(self) -> list[str]:
+        """Every key."""
+        return list(self._values)
+
+    def vectors(self, keys: Collection[str]) -> dict[str, Tensor]:
+        """The vectors of `keys`; KeyError for others."""
+        return {k: self._values[k] for k in keys}
+
+    def merge(self, vectors: Mapping[str, Tensor]) -> None:
+        """Add vectors that another store has; keys that are there stay as they are."""
+        for k, vector in vectors.items():
+            self.add([k], vector.unsqueeze(0), torch.tensor([len(vector)]))
 
     def refresh(self) -> None:
         """Read the shards that others wrote since the last look; what is known stays as it is."""

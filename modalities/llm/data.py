@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from triptych.modalities.llm.instructions import InstructionSettings
 from triptych.modalities.llm.readers import fingerprint, read_records
 from triptych.modalities.llm.records import Record
 from triptych.modalities.llm.reviews import clothing_review_pairs
@@ -31,8 +32,9 @@ class ReviewSettings:
 class DataConfig:
     """Preference data.
 
-    source: a file, a folder, a hub name, or 'clothing-reviews'. eval_source or eval_split name held-out data;
-    without either, the share eval_fraction of contexts, chosen by a hash of the prompt, is held out.
+    source: a file, a folder, a hub name, 'clothing-reviews', or, for rounds, the built-in 'instructions'.
+    eval_source or eval_split name held-out data; without either, the share eval_fraction of contexts, chosen
+    by a hash of the prompt, is held out.
     keep: optional fields of the records that the objective shall see ('strength', 'margin').
     strict: stop at the first bad record instead of leaving it out with a count.
     """
@@ -52,6 +54,7 @@ class DataConfig:
     system_prompt: str | None = None
     limits: Limits = field(default_factory=Limits)
     reviews: ReviewSettings = field(default_factory=ReviewSettings)
+    instructions: InstructionSettings = field(default_factory=InstructionSettings)
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -101,10 +104,10 @@ def load_data(
         judge = (found.judge_texts, found.judge_labels)
         known = f"; correlation of label and length {found.length_correlation:.4f}"
     else:
-        train, held_out, layout = _read(config, quarantine, seed, report)
+        train, held_out, layout = read_split(config, quarantine, seed, report)
     report(f"data: {config.source} ({layout}), {len(train)} to train on, {len(held_out)} held out{known}")
-    tokenised = _tokenise(train, config, tokenizer, quarantine)
-    evaluated = _tokenise(held_out, config, tokenizer, quarantine) if held_out else None
+    tokenised = tokenise_records(train, config, tokenizer, quarantine)
+    evaluated = tokenise_records(held_out, config, tokenizer, quarantine) if held_out else None
     kinds = {e.kind for e in (*tokenised, *(evaluated or ()))}
     if len(kinds) > 1 or "prompt" in kinds:
         raise DataError(
@@ -126,9 +129,11 @@ def load_data(
     )
 
 
-def _read(
+def read_split(
     config: DataConfig, quarantine: Quarantine, seed: int, report: Callable[[str], None]
 ) -> tuple[Sequence[Record], Sequence[Record], str]:
+    """Training and held-out records of a file, folder or hub data set, and the layout that was found."""
+
     def read(source: str, split: str, limit: int | None):
         return read_records(
             source,
@@ -161,9 +166,10 @@ def _read(
     return train, held[: config.max_eval_examples], everything.format
 
 
-def _tokenise(
+def tokenise_records(
     records: Sequence[Record], config: DataConfig, tokenizer: Any, quarantine: Quarantine
 ) -> Examples:
+    """Token ids of records, as the data section says."""
     return tokenize(
         [_kept(r, config.keep) for r in records],
         tokenizer,

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from triptych.modalities.llm.critic import TokenCritic
+from triptych.modalities.llm.full_vocabulary import entropy_and_kl
 from triptych.modalities.llm.kernels import Impl, token_logps
 from triptych.modalities.llm.rows import RowCost, Rows, Sharing, make_rows, tree_mask
 
@@ -30,10 +32,13 @@ class TokenPolicy(nn.Module):
     logits never exist.
     """
 
-    def __init__(self, model: nn.Module, *, impl: Impl = "auto"):
+    def __init__(self, model: nn.Module, *, impl: Impl = "auto", temperature: float = 1.0):
+        """temperature: the policy is softmax(logits / temperature); 1 unless samples at another are trained on."""
         super().__init__()
         self.model = model
         self.impl: Impl = impl
+        self.temperature = temperature
+        self.critic: TokenCritic | None = None
         check_head(self.causal_lm)
 
     @property
@@ -60,16 +65,15 @@ class TokenPolicy(nn.Module):
             SLIDING,
         }
 
-    def forward(self, rows: Rows) -> Tensor:
-        """Log-prob of every candidate token, [C, U] float32; 0 after a candidate's end."""
+    def forward(self, rows: Rows, names: tuple[str, ...] = ()) -> Any:
+        """Log-prob of every candidate token, [C, U] float32; 0 after a candidate's end.
+
+        With names, a dictionary of such tables: 'logp' and, as named, 'value' (the critic's, before each
+        token), 'entropy' and 'kl' (to the base model, adapters off), both exact over the vocabulary.
+        ValueError for a value without a critic, or a KL without adapters.
+        """
         lm = self.causal_lm
-        hidden_RTH = lm.base_model(
-            input_ids=rows.input_ids,
-            position_ids=rows.positions,
-            attention_mask=_attention_mask(lm, rows),
-            use_cache=False,
-        ).last_hidden_state
-        hidden_NH = hidden_RTH.flatten(0, 1).index_select(0, rows.source)
+        hidden_NH = self._hidden(lm, rows)
         head = lm.get_output_embeddings()
         bias = getattr(head, "bias", None)
         logp_N = token_logps(
@@ -79,10 +83,39 @@ class TokenPolicy(nn.Module):
             bias=bias,
             impl=self.impl,
             all_labelled=True,
+            temperature=self.temperature,
             **logit_options(lm.config),
         )
-        table = torch.zeros(rows.num_candidates * rows.width, dtype=logp_N.dtype, device=logp_N.device)
-        return table.index_copy(0, rows.target, logp_N).view(rows.num_candidates, rows.width)
+        if not names:
+            return _table(logp_N, rows)
+        found = {"logp": logp_N}
+        if "value" in names:
+            if self.critic is None:
+                raise ValueError("the policy has no critic to give values")
+            found["value"] = self.critic(hidden_NH, lambda body: self._hidden(body, rows))
+        if {"entropy", "kl"} & set(names):
+            ref_NH = self._base_hidden(rows) if "kl" in names else None
+            logit_map = logit_options(lm.config) | {"temperature": self.temperature}
+            found["entropy"], found["kl"] = entropy_and_kl(hidden_NH, ref_NH, head.weight, bias, **logit_map)
+        return {name: _table(found[name], rows) for name in ("logp", *names)}
+
+    def _hidden(self, lm: Any, rows: Rows) -> Tensor:
+        """Hidden states that predict candidate tokens, [N, H]."""
+        hidden_RTH = lm.base_model(
+            input_ids=rows.input_ids,
+            position_ids=rows.positions,
+            attention_mask=_attention_mask(lm, rows),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden_RTH.flatten(0, 1).index_select(0, rows.source)
+
+    @torch.no_grad()
+    def _base_hidden(self, rows: Rows) -> Tensor:
+        model: Any = self.model
+        if not hasattr(model, "disable_adapter"):
+            raise ValueError("an exact KL to the base model needs adapters (model.lora)")
+        with model.disable_adapter():
+            return self._hidden(self.causal_lm, rows)
 
     def row_cost(self) -> RowCost:
         """FLOPs of the body per token and per query-key pair, from the model's own sizes."""
@@ -93,6 +126,12 @@ class TokenPolicy(nn.Module):
         width = config.num_attention_heads * head_dim
         penalty = 1.0 if self.device.type == "cpu" else 2.0
         return RowCost(2.0 * body, 4.0 * width * config.num_hidden_layers, penalty)
+
+
+def _table(values_N: Tensor, rows: Rows) -> Tensor:
+    """Values of candidate tokens as a table, [C, U], 0 after a candidate's end."""
+    table = torch.zeros(rows.num_candidates * rows.width, dtype=values_N.dtype, device=values_N.device)
+    return table.index_copy(0, rows.target, values_N).view(rows.num_candidates, rows.width)
 
 
 def logit_options(config: Any) -> dict[str, Any]:

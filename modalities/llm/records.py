@@ -43,7 +43,10 @@ Format = Literal[
     "ranked_list",
 ]
 FORMATS: tuple[str, ...] = get_args(Format)
-_TAGS = ("id", "prompt_id", "user", "user_id", "item", "item_id", "category")
+_TAGS = (
+    "id", "prompt_id", "user", "user_id", "item", "item_id", "category", "group",
+    "answer", "solution", "direction",
+)  # fmt: skip
 _IMAGES = {"jpg_0", "jpg_1", "image_path", "path1", "path2", "images", "image", "generations"}
 
 
@@ -141,7 +144,7 @@ def parse_row(row: object, format: str, source: str) -> Record:
         if not isinstance(row, Mapping):
             raise DataError("is not an object", remedy="write each record as {...}", preview=row)
         parts = PARSERS[base](row)
-        tags = {name: row[name] for name in _TAGS if isinstance(row.get(name), (str, int, float))}
+        tags = {name: row[name] for name in _TAGS if isinstance(row.get(name), (str, int, float, list))}
         return Record(source=source, tags=tags, **parts)
     except DataError as error:
         raise DataError(

@@ -28,8 +28,9 @@ def ppo_example() -> UnitLogLik:
     mask = torch.ones(1, 3, dtype=torch.bool)
     reward = kl_shaped_reward(t(1.0), t(0.1, -0.05, 0.2)[None], mask, beta=0.05)
     advantage, target = gae(reward, t(0.1, 0.2, 0.4)[None], mask, gamma=1.0, lam=0.95)
-    value = t(0.15, 0.1, 0.9)[None]
-    return UnitLogLik(torch.zeros(1, 3, dtype=D), mask, advantage=advantage, value=value, target=target)
+    old, value = t(0.1, 0.2, 0.4)[None], t(0.15, 0.1, 0.9)[None]
+    fields = {"advantage": advantage, "value": value, "target": target, "old_value": old}
+    return UnitLogLik(torch.zeros(1, 3, dtype=D), mask, **fields)
 
 
 def oreo_example() -> UnitLogLik:
@@ -48,8 +49,8 @@ def unit_batch(name: str, seed: int = 0) -> UnitLogLik:
         return torch.randn(3, 4, generator=g, dtype=D)
 
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]]).bool()
-    full = UnitLogLik(draw(), mask, ref=draw(), advantage=draw(), value=draw(), target=draw())
-    unused = {"ref", "advantage", "value"} - spec(name).uses
+    full = UnitLogLik(draw(), mask, ref=draw(), old_value=draw(), value=draw(), target=draw())
+    unused = {"ref", "old_value", "value"} - spec(name).uses
     return replace(full, **dict.fromkeys(unused))
 
 
@@ -135,6 +136,12 @@ def test_value_losses_average_over_units_and_not_over_rows(name):
     expected = (3 * rows[0] + 1 * rows[1] + 4 * rows[2]) / 8
     assert build(name, **OPTIONS[name])(x).mean().item() == pytest.approx(expected)
     assert spec(name).couples_batch
+    # With the batch's own count given, a row's loss does not depend on the rows beside it.
+    counted = replace(x, num_units=torch.full((3,), 8 / 3, dtype=D))
+    whole = build(name, **OPTIONS[name])(counted)
+    alone = [build(name, **OPTIONS[name])(replace(_row(x, i), num_units=t(8 / 3))) for i in range(3)]
+    torch.testing.assert_close(torch.cat(alone), whole)
+    assert whole.mean().item() == pytest.approx(expected)
 
 
 def test_both_oreo_losses_agree_with_the_worked_example():
@@ -236,5 +243,5 @@ def test_missing_fields_are_named():
 
 
 def _row(x: UnitLogLik, i: int) -> UnitLogLik:
-    fields = ("logp", "mask", "ref", "advantage", "value", "target")
+    fields = ("logp", "mask", "ref", "old_value", "value", "target")
     return UnitLogLik(**{f: None if getattr(x, f) is None else getattr(x, f)[i : i + 1] for f in fields})

@@ -90,3 +90,21 @@ def test_missing_fields_are_named_and_bounds_refused(name):
     bare = UnitLogLik(torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"UnitLogLik\.\w+, which is None"):
         build(name, **OPTIONS[name])(bare)
+
+
+@pytest.mark.parametrize("name", sorted(COUPLED))
+def test_the_units_of_the_whole_batch_uncouple_its_rows(name):
+    x = unit_batch(name)
+    objective = build(name, **OPTIONS[name])
+    per_row = x.mask.sum() / len(x.mask)
+    whole = objective(replace(x, num_units=per_row.expand(3).to(x.logp.dtype)))
+    torch.testing.assert_close(whole, objective(x))
+    fields = ("logp", "mask", "ref", "old", "advantage")
+    rows = [
+        UnitLogLik(
+            **{f: None if getattr(x, f) is None else getattr(x, f)[i : i + 1] for f in fields},
+            num_units=per_row.view(1).to(x.logp.dtype),
+        )
+        for i in range(3)
+    ]
+    torch.testing.assert_close(torch.cat([objective(r) for r in rows]), whole)

@@ -1,0 +1,472 @@
+"""The one online loop: draw -> judge -> shape -> step -> keep, stage by stage, for every modality.
+
+Where the rounds stand is a function of the learner's step: a plan gives every round its optimizer steps. A
+checkpoint holds, besides the learner, the judged groups of the round it interrupts, the references that
+move, the buffer and what judges remember, so that a killed run goes on to bitwise the same weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from triptych.training.assembly import RoundLikelihood, SampleCollator, fold
+from triptych.training.checkpoint import Checkpoint
+from triptych.training.config import OptimConfig, RunConfig
+from triptych.training.fit import Hooks, Outcome, Session
+from triptych.training.group_state import pack_groups, unpack_groups
+from triptych.training.groups import Group, Sample, pad_units, scores_of
+from triptych.training.loop import Learner, Task
+from triptych.training.order import Draw, key, longest_first, window
+from triptych.training.references import Cached, Reference, Snapshot, trained, unchanged, unwrapped
+from triptych.training.stages import Live, Part, Port, Stage
+from triptych.training.values import ValueStore
+
+READOUTS = frozenset({"value", "entropy", "kl"})
+
+
+@dataclass(frozen=True, slots=True)
+class Spot:
+    """One round's place in the plan: optimizer steps [start, end)."""
+
+    stage: int
+    round: int
+    start: int
+    end: int
+
+
+def plan(stages: Sequence[Stage], config: OptimConfig) -> list[Spot]:
+    """Every round with its steps: as many as num_epochs over the most samples that it can have take."""
+    spots: list[Spot] = []
+    step = 0
+    for s, stage in enumerate(stages):
+        main = stage.main
+        most = (
+            _share(stage, main) * main.source.groups_per_context * main.shape.most(main.source.num_candidates)
+        )
+        for r in range(stage.num_rounds):
+            samples = most * (1 + len(stage.keep.past_rounds(r)))
+            steps = max(1, math.ceil(round(stage.num_epochs * samples / config.batch_size, 9)))
+            spots.append(Spot(s, r, step, step + steps))
+            step += steps
+    return spots
+
+
+def _share(stage: Stage, part: Part) -> int:
+    """Contexts of a round that a part uses."""
+    return max(1, round(stage.num_contexts * part.share))
+
+
+@dataclass(slots=True)
+class RoundState:
+    """What a checkpoint keeps besides the learner.
+
+    groups: of each part of the round under way, judged; None between rounds. past: main groups of earlier
+    rounds of the stage, as far as the buffer asks for them. moving: the references that move, by slot.
+    average: mean of the policies at the ends of num_averaged rounds. memory: what judges keep. values: the
+    references' values of the round under way, by part and slot, as they were at its start.
+    """
+
+    moving: dict[str, Snapshot]
+    groups: list[list[Group]] | None = None
+    past: list[list[Group]] = field(default_factory=list)
+    average: dict[str, Tensor] = field(default_factory=dict)
+    num_averaged: int = 0
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    values: dict[str, ValueStore] = field(default_factory=dict)
+
+    def packed(self, port: Port) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+        """Tensors by group and JSON values."""
+        tensors = {f"reference_{slot}": dict(s.values) for slot, s in self.moving.items()}
+        tensors |= {"average": self.average, "memory": self.memory, "groups": {}}
+        tensors |= {f"values_{name}": store.vectors(store.keys()) for name, store in self.values.items()}
+        state: dict[str, Any] = {"num_averaged": self.num_averaged, "groups": None, "past": []}
+        for name, lists in (("groups", self.groups), ("past", self.past)):
+            if lists is None:
+                continue
+            state[name] = []
+            for i, groups in enumerate(lists):
+                found, entry = pack_groups(groups, port, f"{name}{i}.")
+                tensors["groups"] |= found
+                state[name].append(entry)
+        return {name: group for name, group in tensors.items() if group}, {"rounds": state}
+
+    def load(self, checkpoint: Checkpoint, port: Port) -> None:
+        """Become what a checkpoint kept."""
+        state, tensors = checkpoint.state["rounds"], checkpoint.tensors
+        for slot, snapshot in self.moving.items():
+            for name, value in tensors[f"reference_{slot}"].items():
+                snapshot.values[name].copy_(value)
+        found = tensors.get("groups", {})
+        self.average, self.memory = dict(tensors.get("average", {})), dict(tensors.get("memory", {}))
+        self.num_averaged = state["num_averaged"]
+        self.values = {}
+        for name in tensors:
+            if name.startswith("values_"):
+                store = self.values[name.removeprefix("values_")] = ValueStore(None)
+                store.merge(tensors[name])
+        unpacked = {
+            name: None
+            if state[name] is None
+            else [unpack_groups(found, entry, port) for entry in state[name]]
+            for name in ("groups", "past")
+        }
+        self.groups, self.past = unpacked["groups"], unpacked["past"] or []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounds:
+    """What stays the same over all rounds of a run.
+
+    frozen: the reference of slot 'frozen'. observe: further metrics of a round's judged groups, by modality.
+    """
+
+    stages: Sequence[Stage]
+    contexts: Sequence[Any]
+    port: Port
+    frozen: Reference
+    observe: Callable[[Sequence[Group]], Mapping[str, float]] = lambda groups: {}
+
+    def __post_init__(self) -> None:
+        if not len(self.contexts):
+            raise ValueError("there is no context to draw for")
+        for stage in self.stages:
+            if stage.bound != self.port.bound:
+                raise ValueError(
+                    f"stage {stage.name}: bound={stage.bound}, the likelihood's is {self.port.bound}"
+                )
+
+
+def run_rounds(
+    rounds: Rounds,
+    learner: Learner,
+    config: OptimConfig,
+    run: RunConfig,
+    accelerator: Accelerator,
+    *,
+    identity: Mapping[str, Any],
+    hooks: Hooks,
+) -> tuple[Outcome, RoundState]:
+    """All rounds of all stages, from the newest good checkpoint in run.output_dir if any.
+
+    Killed at any moment and started again it ends with bitwise the same weights (same device and ranks).
+    Errors as `fit`'s.
+    """
+    if any(hasattr(p, "device_mesh") for p in learner.policy.parameters()):
+        raise ValueError("rounds draw from the whole policy on every process: use DDP, not FSDP")
+    spots = plan(rounds.stages, config)
+    slots = frozenset[str]().union(*(_slots(s) for s in rounds.stages)) - {"frozen", "none"}
+    if odd := slots - {"stage", "ema"}:
+        raise ValueError(f"rounds have the references frozen, stage and ema, not {', '.join(sorted(odd))}")
+    state = RoundState({slot: Snapshot.of(learner.policy) for slot in sorted(slots)})
+    session = Session(
+        learner=learner,
+        config=config,
+        run=run,
+        accelerator=accelerator,
+        identity=identity,
+        hooks=hooks,
+        num_steps=spots[-1].end,
+        extra=lambda: state.packed(rounds.port),
+    )
+    try:
+        found = session.start()
+        if found is not None:
+            state.load(found, rounds.port)
+        for spot in spots:
+            if learner.step < spot.end and not _one_round(rounds, session, state, spot):
+                break
+    finally:
+        session.close()
+    outcome = Outcome(step=learner.step, num_steps=session.num_steps, skipped=tuple(learner.skipped))
+    return outcome, state
+
+
+def _one_round(rounds: Rounds, session: Session, state: RoundState, spot: Spot) -> bool:
+    """Draw, judge, shape, step, keep; False when the run was asked to stop."""
+    stage, learner, accelerator = rounds.stages[spot.stage], session.learner, session.accelerator
+    policy = unwrapped(learner.policy)
+    live = Live(
+        policy=policy,
+        port=rounds.port,
+        references={"frozen": rounds.frozen, **state.moving},
+        device=accelerator.device,
+        seed=session.run.seed,
+        stage=spot.stage,
+        round=spot.round,
+        memory=state.memory,
+    )
+    if state.groups is None:
+        _begin(stage, state, live, spot)
+        state.groups = [_judged(rounds, stage, part, live, session) for part in stage.parts]
+        session.write("train", _describe(state.groups[0], live) | dict(rounds.observe(state.groups[0])))
+    groups = [state.groups[0] + [g for old in state.past for g in old], *state.groups[1:]]
+    seed = key("rounds", live.seed, spot.stage, spot.round)
+    task = _tasks(stage, groups, live, session, state, seed)
+    planned = spot.end - spot.start
+
+    def after_step() -> None:
+        if "ema" in state.moving and stage.keep.ema is not None:
+            state.moving["ema"].follow(learner.policy, stage.keep.ema)
+        if learner.step == spot.end:
+            _finish(stage, state, spot, policy)
+
+    session.after_step = after_step
+    if task is None:
+        session.hooks.report(f"stage {stage.name}, round {spot.round + 1}: no sample is left to train on")
+        steps = 0
+    else:
+        steps = min(
+            planned, math.ceil(round(stage.num_epochs * len(task.examples) / (task.batch_size or 1), 9))
+        )
+        if not session.advance(task, spot.start + steps, seed=seed, start=spot.start):
+            return False
+    if learner.step < spot.end:
+        _finish(stage, state, spot, policy)
+        return session.pass_over(spot.end)
+    return True
+
+
+def _begin(stage: Stage, state: RoundState, live: Live, spot: Spot) -> None:
+    """Keep, as far as it belongs to a round's start: the references that become the policy as it is now."""
+    if spot.round == 0:
+        state.past, state.average, state.num_averaged = [], {}, 0
+    due = spot.round == 0 or (stage.keep.stage == "each_round" and spot.round % stage.keep.every == 0)
+    if "stage" in state.moving and due:
+        state.moving["stage"].take(live.policy)
+    if "ema" in state.moving and spot.round == 0:
+        state.moving["ema"].take(live.policy)
+
+
+@torch.no_grad()
+def _finish(stage: Stage, state: RoundState, spot: Spot, policy: nn.Module) -> None:
+    """Keep, as far as it belongs to a round's end: the buffer and the average of the policies."""
+    assert state.groups is not None
+    wanted = len(stage.keep.past_rounds(spot.round + 1))
+    state.past = [*state.past, state.groups[0]][-wanted:] if wanted else []
+    state.groups, state.values = None, {}
+    if stage.keep.average:
+        state.num_averaged += 1
+        for name, parameter in trained(policy).items():
+            mean = state.average.get(name, torch.zeros_like(parameter)).to(parameter.device)
+            state.average[name] = mean + (parameter.detach() - mean) / state.num_averaged
+
+
+def _judged(rounds: Rounds, stage: Stage, part: Part, live: Live, session: Session) -> list[Group]:
+    """The groups of one part, drawn and judged, the same on every rank; each rank draws its share."""
+    accelerator = session.accelerator
+    size = min(_share(stage, part), len(rounds.contexts))
+    draws = window(
+        seed=key("contexts", live.seed, live.stage),
+        step=live.round,
+        num_samples=len(rounds.contexts),
+        batch_size=stage.num_contexts,
+    )[:size]
+    mine = [rounds.contexts[d.index] for d in draws[accelerator.process_index :: accelerator.num_processes]]
+    needs = part.shape.needs | (frozenset() if part.judge is None else part.judge.needs)
+    # Judges that remember what they saw must see the same on every rank.
+    remembers = getattr(part.judge, "remembers", False)
+    with unchanged(live.policy), torch.no_grad(), accelerator.autocast():
+        groups = part.source(mine, live) if mine else []
+        groups = _filled(groups, needs, part, live, session.config.micro_batch_size)
+        if part.judge is not None and not remembers:
+            groups = _with_verdicts(groups, part, live)
+    if accelerator.num_processes > 1:
+        groups = gather_object(groups)
+    if part.judge is not None and remembers:
+        with unchanged(live.policy), torch.no_grad(), accelerator.autocast():
+            groups = _with_verdicts(groups, part, live)
+    return groups
+
+
+def _with_verdicts(groups: Sequence[Group], part: Part, live: Live) -> list[Group]:
+    assert part.judge is not None
+    verdicts = part.judge(groups, live)
+    return [replace(g, verdict=v) for g, v in zip(groups, verdicts, strict=True)]
+
+
+def _filled(
+    groups: list[Group], needs: frozenset[str], part: Part, live: Live, micro_batch_size: int
+) -> list[Group]:
+    """Groups with the reference's and the critic's values, where the judge or the shape asks for them."""
+    wanted = {"ref", "value"} & needs
+    if not wanted or not groups:
+        return groups
+    out = list(groups)
+    lengths = [live.port.length(g.context, g.candidates) for g in groups]
+    order = longest_first(lengths)
+    for start in range(0, len(order), micro_batch_size):
+        cut = order[start : start + micro_batch_size]
+        items = [(groups[i].context, groups[i].candidates) for i in cut]
+        batch = live.port.collate(items, [key("fill", groups[i].key) for i in cut]).to(live.device)
+        found: dict[str, Tensor] = {}
+        if "ref" in wanted:
+            found["ref"] = live.references[main_slot(part)](live.port, live.policy, batch)
+        if "value" in wanted:
+            found["value"] = live.port.readouts(live.policy, batch, frozenset({"value"}))["value"]
+        row = 0
+        for i in cut:
+            rows = slice(row, row + groups[i].size)
+            values = {
+                name: pad_units(
+                    [r[: groups[i].mask.shape[1]].cpu().float() for r in table[rows]], groups[i].mask.shape[1]
+                )
+                for name, table in found.items()
+            }
+            out[i] = replace(groups[i], **values)
+            row += groups[i].size
+    return out
+
+
+def main_slot(part: Part) -> str:
+    """The reference that a part's rewards are relative to: its main term's; 'frozen' where it reads none."""
+    slot = part.terms.main.reference
+    return "frozen" if slot == "none" else slot
+
+
+def _tasks(
+    stage: Stage, groups: Sequence[list[Group]], live: Live, session: Session, state: RoundState, seed: int
+) -> Task | None:
+    """The main part's task with the others beside it; None when the main part has no sample."""
+    made: list[Task] = []
+    for i, (part, judged) in enumerate(zip(stage.parts, groups, strict=True)):
+        samples = part.shape(judged, seed=key("shape", seed))
+        if not samples and part is stage.main:
+            return None
+        if not samples:
+            continue
+        references = {
+            slot: Cached(
+                state.values.setdefault(f"{i}_{slot}", ValueStore(None)), slot, live.references[slot]
+            )
+            for slot in part.terms.slots()
+        }
+        new = len(judged) if i or state.groups is None else len(state.groups[0])
+        _remember(references, judged[:new], judged[new:], part, stage, live)
+        task = _task(part, judged, samples, references, live, session)
+        _fill_references(task, live, session, seed)
+        made.append(task)
+    return replace(made[0], also=tuple(made[1:]))
+
+
+def _task(
+    part: Part,
+    groups: list[Group],
+    samples: list[Sample],
+    references: Mapping[str, Reference],
+    live: Live,
+    session: Session,
+) -> Task:
+    port, config = live.port, session.config
+    used = frozenset[str]().union(*(t.objective.uses for t in part.terms.terms))
+    return Task(
+        likelihood=RoundLikelihood(port, used & READOUTS),
+        terms=part.terms,
+        references=references,
+        collate=SampleCollator(port, groups),
+        examples=samples,
+        lengths=[
+            port.length(groups[s.group].context, [groups[s.group].candidates[c] for c in s.all_candidates])
+            for s in samples
+        ],
+        sources=[groups[s.group].key for s in samples],
+        fold=fold,
+        weight=part.weight,
+        batch_size=min(part.batch_size or config.batch_size, len(samples)),
+        name=part.name,
+    )
+
+
+def _remember(
+    references: Mapping[str, Cached],
+    new: Sequence[Group],
+    past: Sequence[Group],
+    part: Part,
+    stage: Stage,
+    live: Live,
+) -> None:
+    """Put what is known already into the references' stores: nothing that was computed is computed again.
+
+    The reference 'stage' that became the policy at this round's start is the policy that drew, so its values
+    are the log-probs of drawing. Of past groups only the values of the reference that never moves hold.
+    """
+    keep = stage.keep
+    as_drawn = live.round == 0 or (keep.stage == "each_round" and live.round % keep.every == 0)
+    for slot, reference in references.items():
+        for g in (*new, *(past if slot == "frozen" else ())):
+            table, own = (g.ref, range(g.size)) if slot == main_slot(part) else (None, range(0))
+            if table is None and slot == "stage" and as_drawn:
+                # Units that others put in between have no log-prob of drawing; they count nothing either.
+                table, own = g.logp, [i for i in range(g.size) if g.origin[i] == "policy"]
+            if table is None or not len(own):
+                continue
+            names = [live.port.key(g.context, g.candidates[i]) for i in own]
+            length = (g.mask * torch.arange(1, g.mask.shape[1] + 1)).amax(-1)
+            rows = torch.tensor(list(own))
+            reference.store.add(reference.keys_of(names), table[rows], length[rows])
+
+
+def _fill_references(task: Task, live: Live, session: Session, seed: int) -> None:
+    """Compute what the references lack, in batches that no interruption changes; ranks share the work."""
+    accelerator, size = session.accelerator, session.config.micro_batch_size
+    order = longest_first(task.lengths)
+    cuts = [order[i : i + size] for i in range(0, len(order), size)]
+    for reference in task.references.values():
+        assert isinstance(reference, Cached)
+        known = set(reference.store.keys())
+        with accelerator.autocast():
+            for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
+                draws = [Draw(i, 0, key("sample", seed, 0, i)) for i in cut]
+                batch = task.collate([task.examples[i] for i in cut], draws)
+                if all(k in known for k in reference.keys(batch)):
+                    continue
+                reference.fill(task.likelihood, live.policy, [batch], live.device)
+        if accelerator.num_processes > 1:
+            for found in gather_object([reference.store.vectors(set(reference.store.keys()) - known)]):
+                reference.store.merge(found)
+
+
+def _slots(stage: Stage) -> frozenset[str]:
+    """Reference slots that a stage reads: its terms', and those that its sources and judges name."""
+    found: set[str] = set() if stage.keep.ema is None else {"ema"}
+    for part in stage.parts:
+        found |= {*part.terms.slots(), main_slot(part)}
+        for plug in (part.source, part.judge):
+            found |= _named_slots(plug)
+    return frozenset(found)
+
+
+def _named_slots(plug: Any) -> set[str]:
+    if isinstance(plug, (list, tuple)):
+        return set[str]().union(*map(_named_slots, plug))
+    if not is_dataclass(plug):
+        return set()
+    values = {f.name: getattr(plug, f.name) for f in fields(plug)}
+    own = {v for k, v in values.items() if k == "slot" and isinstance(v, str)}
+    return own.union(*(_named_slots(v) for v in values.values()))
+
+
+def _describe(groups: Sequence[Group], live: Live) -> dict[str, float]:
+    """Metrics of a round's judged groups."""
+    counts = torch.cat([g.count for g in groups]) if groups else torch.zeros(1)
+    found = {"round/groups": float(len(groups)), "round/length": float(counts.mean())}
+    scored = [g for g in groups if {"score", "preference"} & g.verdict.given()]
+    if scored:
+        scores = [scores_of(g) for g in scored]
+        found |= {
+            "round/score": float(torch.cat(scores).mean()),
+            "round/score_best": float(torch.stack([s.max() for s in scores]).mean()),
+            "round/score_std": float(torch.stack([s.std(correction=0) for s in scores]).mean()),
+        }
+    with_ref = [g for g in groups if g.ref is not None and g.logp is not None]
+    if with_ref:
+        kls = [torch.where(g.mask, g.logp - g.ref, 0.0).sum(-1) for g in with_ref]  # type: ignore[operator]
+        found["round/kl"] = float(torch.cat(kls).mean())
+    return found | {f"round/{name}": value for name, value in live.metrics.items()}
