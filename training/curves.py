@@ -77,6 +77,7 @@ _PANELS = (
     _Panel("Log-probability", ("logps/chosen", "logps/rejected")),
     _Panel("Reward", ("reward",)),
     _Panel("KL to the reference", ("kl",)),
+    _Panel("Length of samples", ("length",)),
     _Panel("Learning rate", ("learning_rate",), noisy=False),
     _Panel("Gradient norm", ("grad_norm",)),
 )

@@ -33,6 +33,12 @@ class Verdict:
     visits: Tensor | None = None
     consistency: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("score", "units", "preference", "users"):
+            value = getattr(self, name)
+            if value is not None and bool(value.isnan().any()):
+                raise ValueError(f"a verdict's {name} holds NaN: {value.tolist()}")
+
     def given(self) -> frozenset[str]:
         """Names of what it says."""
         return frozenset(f.name for f in fields(self) if getattr(self, f.name) is not None)

@@ -46,15 +46,19 @@ class Batch(Protocol):
         ...
 
 
-class Likelihood(Protocol):
+class HasTerms(Protocol):
+    """What a reference needs of a likelihood, or of a port."""
+
+    def terms(self, policy: Any, batch: Any, generator: torch.Generator | None = None) -> Tensor:
+        """Log-likelihood per term (token, slot; one for an ELBO) of each candidate, [C, U], zero-padded."""
+        ...
+
+
+class Likelihood(HasTerms, Protocol):
     """How likely a batch's candidates are under a policy. `assemble(terms(...))` is the call itself."""
 
     def __call__(self, policy: Any, batch: Any, generator: torch.Generator | None = None) -> Input:
         """The objective's input, without a reference."""
-        ...
-
-    def terms(self, policy: Any, batch: Any, generator: torch.Generator | None = None) -> Tensor:
-        """Log-likelihood per term (token, slot; one for an ELBO) of each candidate, [C, U], zero-padded."""
         ...
 
     def assemble(self, terms: Tensor, batch: Any) -> Input:
@@ -66,7 +70,7 @@ class Reference(Protocol):
     """Per-term log-likelihoods of a batch under the reference, [C, U], without gradient."""
 
     def __call__(
-        self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
+        self, likelihood: HasTerms, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """See the class."""
         ...
@@ -77,7 +81,7 @@ class Reference(Protocol):
 
 
 def _terms(
-    reference: Reference, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: Any
+    reference: Reference, likelihood: HasTerms, policy: nn.Module, batch: Any, generator: Any
 ) -> Tensor:
     with reference.active(policy) as module:
         return likelihood.terms(module, batch, generator)
@@ -88,7 +92,7 @@ class AdapterOff:
     """The policy's own base model: its PEFT adapters are switched off for the call. Costs no memory."""
 
     def __call__(
-        self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
+        self, likelihood: HasTerms, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """Terms under the base model. ValueError when the policy has no adapter."""
         return _terms(self, likelihood, policy, batch, generator)
@@ -108,7 +112,7 @@ class Sibling:
     adapter: str
 
     def __call__(
-        self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
+        self, likelihood: HasTerms, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """Terms under the sibling. ValueError when the policy has no adapter of that name."""
         return _terms(self, likelihood, policy, batch, generator)
@@ -143,7 +147,7 @@ class FrozenCopy:
         return cls(model.requires_grad_(False))
 
     def __call__(
-        self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
+        self, likelihood: HasTerms, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """Terms under the snapshot."""
         return _terms(self, likelihood, policy, batch, generator)
@@ -185,7 +189,7 @@ class Snapshot:
                 value.copy_(parameter.detach())
 
     def __call__(
-        self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
+        self, likelihood: HasTerms, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """Terms under the snapshot."""
         return _terms(self, likelihood, policy, batch, generator)
@@ -235,7 +239,7 @@ class Cached:
     source: Reference | None = None
 
     def __call__(
-        self, likelihood: Likelihood, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
+        self, likelihood: HasTerms, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
     ) -> Tensor:
         """Terms from the store, on the batch's device. ValueError for a missing value without a source."""
         keys = self.keys(batch)
@@ -264,7 +268,7 @@ class Cached:
 
     def fill(
         self,
-        likelihood: Likelihood,
+        likelihood: HasTerms,
         policy: nn.Module,
         batches: Iterator[Any] | Sequence[Any],
         device: torch.device,

@@ -456,17 +456,17 @@ def _named_slots(plug: Any) -> set[str]:
 def _describe(groups: Sequence[Group], live: Live) -> dict[str, float]:
     """Metrics of a round's judged groups."""
     counts = torch.cat([g.count for g in groups]) if groups else torch.zeros(1)
-    found = {"round/groups": float(len(groups)), "round/length": float(counts.mean())}
+    found = {"round/groups": float(len(groups)), "length": float(counts.mean())}
     scored = [g for g in groups if {"score", "preference"} & g.verdict.given()]
     if scored:
         scores = [scores_of(g) for g in scored]
         found |= {
-            "round/score": float(torch.cat(scores).mean()),
-            "round/score_best": float(torch.stack([s.max() for s in scores]).mean()),
-            "round/score_std": float(torch.stack([s.std(correction=0) for s in scores]).mean()),
+            "reward": float(torch.cat(scores).mean()),
+            "reward_best": float(torch.stack([s.max() for s in scores]).mean()),
+            "reward_std": float(torch.stack([s.std(correction=0) for s in scores]).mean()),
         }
     with_ref = [g for g in groups if g.ref is not None and g.logp is not None]
     if with_ref:
         kls = [torch.where(g.mask, g.logp - g.ref, 0.0).sum(-1) for g in with_ref]  # type: ignore[operator]
-        found["round/kl"] = float(torch.cat(kls).mean())
+        found["kl"] = float(torch.cat(kls).mean())
     return found | {f"round/{name}": value for name, value in live.metrics.items()}

@@ -257,11 +257,11 @@ def test_shards_are_refused(tmp_path, monkeypatch):
 def test_metrics_say_how_a_round_went(tmp_path):
     run(tmp_path, [stage(terms("dpo", beta=0.1), judge=Remembering(), num_rounds=2)])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    rounds = [line for line in lines if "round/score" in line]
+    rounds = [line for line in lines if "reward" in line]
     assert [line["step"] for line in rounds] == [0, 2]
     assert rounds[0]["round/groups"] == 6
-    assert rounds[0]["round/score_best"] >= rounds[0]["round/score"]
-    assert rounds[0]["round/kl"] == pytest.approx(0.0, abs=1e-6)
+    assert rounds[0]["reward_best"] >= rounds[0]["reward"]
+    assert rounds[0]["kl"] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_shapes_are_those_of_the_registry():
