@@ -30,6 +30,8 @@ from triptych.training.stages import Live, Part, Port, Stage
 from triptych.training.values import ValueStore
 
 READOUTS = frozenset({"value", "entropy", "kl"})
+# 'previous' is what 'stage' was before it last moved: the iterate before the one that began this round.
+MOVING = ("stage", "ema", "previous")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,11 @@ def run_rounds(
         raise ValueError("rounds draw from the whole policy on every process: use DDP, not FSDP")
     spots = plan(rounds.stages, config)
     slots = frozenset[str]().union(*(_slots(s) for s in rounds.stages)) - {"frozen", "none"}
-    if odd := slots - {"stage", "ema"}:
-        raise ValueError(f"rounds have the references frozen, stage and ema, not {', '.join(sorted(odd))}")
+    if odd := slots - set(MOVING):
+        raise ValueError(
+            f"rounds have the references {', '.join(('frozen', *MOVING))}, not {', '.join(sorted(odd))}"
+        )
+    slots |= {"stage"} if "previous" in slots else set()
     state = RoundState({slot: Snapshot.of(learner.policy) for slot in sorted(slots)})
     session = Session(
         learner=learner,
@@ -239,6 +244,11 @@ def _begin(stage: Stage, state: RoundState, live: Live, spot: Spot) -> None:
     if spot.round == 0:
         state.past, state.average, state.num_averaged = [], {}, 0
     due = spot.round == 0 or (stage.keep.stage == "each_round" and spot.round % stage.keep.every == 0)
+    if "previous" in state.moving and due:
+        first = spot.stage == 0 and spot.round == 0
+        earlier = Snapshot.of(live.policy).values if first else state.moving["stage"].values
+        for name, value in state.moving["previous"].values.items():
+            value.copy_(earlier[name])
     if "stage" in state.moving and due:
         state.moving["stage"].take(live.policy)
     if "ema" in state.moving and spot.round == 0:
@@ -444,6 +454,8 @@ def _slots(stage: Stage) -> frozenset[str]:
 
 
 def _named_slots(plug: Any) -> set[str]:
+    if isinstance(plug, Mapping):
+        plug = list(plug.values())
     if isinstance(plug, (list, tuple)):
         return set[str]().union(*map(_named_slots, plug))
     if not is_dataclass(plug):

@@ -90,7 +90,8 @@ class Live:
 class Source(Protocol):
     """Contexts -> groups.
 
-    fresh: every candidate is a sample of the policy as it is, with its log-prob. num_candidates: K, at most.
+    fresh: every candidate is a sample of the policy as it is, with its log-prob. Where only those of origin
+    'policy' are, an attribute `own_fresh` says so. num_candidates: K, at most.
     groups_per_context: groups a context makes, at most. provides: what its groups have besides candidates:
     'logp', 'proposal', 'verdict', 'calibration' (a candidate of origin 'reference').
     """
@@ -200,9 +201,7 @@ class Keep:
         if self.ema is not None and not 0 <= self.ema < 1:
             raise ValueError(f"keep.ema={self.ema} must be in [0, 1)")
         if (self.buffer == "last") != (self.buffer_rounds > 0):
-            raise ValueError(
-                f"keep.buffer_rounds={self.buffer_rounds} goes with keep.buffer=last, and with it only"
-            )
+            raise ValueError(f"keep.buffer_rounds={self.buffer_rounds} belongs to keep.buffer=last")
 
     def past_rounds(self, round_index: int) -> range:
         """Earlier rounds of the stage whose groups are used again in this one."""
@@ -278,7 +277,8 @@ def check_part(part: Part, keep: Keep, *, has_critic: bool, bound: bool, modalit
     source, shape, terms = part.source, part.shape, part.terms
     names = ", ".join(t.objective.spec.name for t in terms.terms)
     on_policy = any(t.objective.spec.on_policy for t in terms.terms)
-    if on_policy and not source.fresh and not bound:
+    own = getattr(source, "own_fresh", False) and getattr(shape, "train", "all") == "policy"
+    if on_policy and not source.fresh and not own and not bound:
         kind = type(source).__name__
         raise ValueError(
             f"{names} needs fresh samples of the policy with their log-probs, and {kind} gives none: "

@@ -19,7 +19,7 @@ from toy import cpu_accelerator
 from triptych.modalities.tabular.port import TabularPort
 from triptych.modalities.tabular.sources import SOURCES
 from triptych.objectives import Term, build
-from triptych.training.rounds import plan
+from triptych.training.rounds import _slots, plan
 from triptych.training.shapes import SHAPES, shape_for
 from triptych.training.stages import Keep, Part
 
@@ -133,6 +133,50 @@ def test_the_average_is_the_mean_of_the_policies_at_the_ends_of_rounds(tmp_path)
     )
     mean = torch.stack([*ends[1:], model.logits.detach()]).mean(0)
     torch.testing.assert_close(state.average["logits"], mean)
+
+
+def test_the_previous_iterate_is_what_the_stage_was_before_it_moved(tmp_path):
+    starts, seen = [], []
+
+    @dataclass(frozen=True)
+    class Watch(ByArm):
+        slot: str = "previous"
+
+        def __call__(self, groups, live):
+            starts.append(live.policy.logits.detach().clone())
+            seen.append(live.references["previous"].values["logits"].clone())
+            assert torch.equal(live.references["stage"].values["logits"], starts[-1])
+            return super().__call__(groups, live)
+
+    run(tmp_path, [stage(terms("dpo", beta=0.1), judge=Watch(), keep=EACH, num_rounds=3)])
+    assert torch.equal(seen[0], starts[0])
+    assert torch.equal(seen[1], starts[0])
+    assert torch.equal(seen[2], starts[1])
+
+
+def test_slots_are_found_among_the_options_of_judges():
+    @dataclass(frozen=True)
+    class Inner(ByArm):
+        slot: str = "ema"
+
+    @dataclass(frozen=True)
+    class Outer(ByArm):
+        experts: dict
+        of: tuple = ()
+
+    assert _slots(stage(terms("dpo", beta=0.1), judge=Outer({"a": Inner()}))) == {"frozen", "ema"}
+    assert _slots(stage(terms("dpo", beta=0.1), judge=Outer({}, (Inner("stage"),)))) == {"frozen", "stage"}
+
+
+def test_a_slot_that_rounds_do_not_have_is_named(tmp_path):
+    @dataclass(frozen=True)
+    class Odd(ByArm):
+        slot: str = "sibling"
+
+    with pytest.raises(
+        ValueError, match="rounds have the references frozen, stage, ema, previous, not sibling"
+    ):
+        run(tmp_path, [stage(terms("dpo", beta=0.1), judge=Odd())])
 
 
 class Counting:
