@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
 PANEL  ?= llm
 
-.PHONY: setup demo test check bench clean
+.PHONY: setup demo test check bench evidence clean
 .DELETE_ON_ERROR:
 
 setup: $(STAMPS)/core $(STAMPS)/demo $(STAMPS)/links
@@ -49,6 +49,10 @@ check: setup
 
 bench: setup $(STAMPS)/bench
 	$(BIN)/python scripts/bench.py
+
+# Every claim of EVIDENCE.md by a small experiment, its figures and its table; a few minutes.
+evidence: setup
+	$(BIN)/python scripts/evidence.py
 
 $(STAMPS)/bench: $(STAMPS)/core
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'

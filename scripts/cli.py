@@ -8,9 +8,16 @@ from collections.abc import Sequence
 
 COMMANDS = {
     ("train", "llm"): ("train_llm", "align a language model"),
+    ("train", "llm-online"): (
+        "train_llm_online",
+        "align a language model on its own samples",
+    ),
+    ("train", "reward"): ("train_reward", "train a reward model"),
     ("evaluate",): ("evaluate", "held-out results of an aligned model"),
+    ("improve",): ("improve", "let a trained model improve its answers, step by step"),
     ("objectives",): ("objectives", "list the objectives, or show one"),
     ("data",): ("check_data", "what a data set holds and what would be left out of it"),
+    ("evidence",): ("evidence", "run the experiments behind EVIDENCE.md"),
     ("env",): ("environment", "versions and devices, for bug reports"),
 }
 
@@ -21,7 +28,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for command, (module, _) in COMMANDS.items():
         if tuple(words[: len(command)]) == command:
             return importlib.import_module(f"triptych.scripts.{module}").main(words[len(command) :])
-    usage = [f"  triptych {' '.join(c):<12} {text}" for c, (_, text) in COMMANDS.items()]
+    usage = [f"  triptych {' '.join(c):<17} {text}" for c, (_, text) in COMMANDS.items()]
     asked = not words or words[0] in ("-h", "--help")
     problem = [] if asked else [f"error: no command '{' '.join(words[:2])}'; see triptych --help"]
     print(

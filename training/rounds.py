@@ -9,118 +9,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 
 from triptych.training.assembly import RoundLikelihood, SampleCollator, fold
-from triptych.training.checkpoint import Checkpoint
 from triptych.training.config import OptimConfig, RunConfig
 from triptych.training.fit import Hooks, Outcome, Session
-from triptych.training.group_state import pack_groups, unpack_groups
 from triptych.training.groups import Group, Sample, pad_units, scores_of
 from triptych.training.loop import Learner, Task
-from triptych.training.order import Draw, key, longest_first, window
-from triptych.training.references import Cached, Reference, Snapshot, trained, unchanged, unwrapped
+from triptych.training.order import key, longest_first, window
+from triptych.training.references import Cached, Reference, Snapshot, unchanged, unwrapped
+from triptych.training.round_references import fill_references, remember
+from triptych.training.round_state import (
+    MOVING,
+    RoundState,
+    Spot,
+    begin_round,
+    contexts_of,
+    finish_round,
+    main_slot,
+    plan,
+    slots_of,
+)
 from triptych.training.stages import Live, Part, Port, Stage
 from triptych.training.values import ValueStore
 
 READOUTS = frozenset({"value", "entropy", "kl"})
-# 'previous' is what 'stage' was before it last moved: the iterate before the one that began this round.
-MOVING = ("stage", "ema", "previous")
-
-
-@dataclass(frozen=True, slots=True)
-class Spot:
-    """One round's place in the plan: optimizer steps [start, end)."""
-
-    stage: int
-    round: int
-    start: int
-    end: int
-
-
-def plan(stages: Sequence[Stage], config: OptimConfig) -> list[Spot]:
-    """Every round with its steps: as many as num_epochs over the most samples that it can have take."""
-    spots: list[Spot] = []
-    step = 0
-    for s, stage in enumerate(stages):
-        main = stage.main
-        most = (
-            _share(stage, main) * main.source.groups_per_context * main.shape.most(main.source.num_candidates)
-        )
-        for r in range(stage.num_rounds):
-            samples = most * (1 + len(stage.keep.past_rounds(r)))
-            steps = max(1, math.ceil(round(stage.num_epochs * samples / config.batch_size, 9)))
-            spots.append(Spot(s, r, step, step + steps))
-            step += steps
-    return spots
-
-
-def _share(stage: Stage, part: Part) -> int:
-    """Contexts of a round that a part uses."""
-    return max(1, round(stage.num_contexts * part.share))
-
-
-@dataclass(slots=True)
-class RoundState:
-    """What a checkpoint keeps besides the learner.
-
-    groups: of each part of the round under way, judged; None between rounds. past: main groups of earlier
-    rounds of the stage, as far as the buffer asks for them. moving: the references that move, by slot.
-    average: mean of the policies at the ends of num_averaged rounds. memory: what judges keep. values: the
-    references' values of the round under way, by part and slot, as they were at its start.
-    """
-
-    moving: dict[str, Snapshot]
-    groups: list[list[Group]] | None = None
-    past: list[list[Group]] = field(default_factory=list)
-    average: dict[str, Tensor] = field(default_factory=dict)
-    num_averaged: int = 0
-    memory: dict[str, Tensor] = field(default_factory=dict)
-    values: dict[str, ValueStore] = field(default_factory=dict)
-
-    def packed(self, port: Port) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-        """Tensors by group and JSON values."""
-        tensors = {f"reference_{slot}": dict(s.values) for slot, s in self.moving.items()}
-        tensors |= {"average": self.average, "memory": self.memory, "groups": {}}
-        tensors |= {f"values_{name}": store.vectors(store.keys()) for name, store in self.values.items()}
-        state: dict[str, Any] = {"num_averaged": self.num_averaged, "groups": None, "past": []}
-        for name, lists in (("groups", self.groups), ("past", self.past)):
-            if lists is None:
-                continue
-            state[name] = []
-            for i, groups in enumerate(lists):
-                found, entry = pack_groups(groups, port, f"{name}{i}.")
-                tensors["groups"] |= found
-                state[name].append(entry)
-        return {name: group for name, group in tensors.items() if group}, {"rounds": state}
-
-    def load(self, checkpoint: Checkpoint, port: Port) -> None:
-        """Become what a checkpoint kept."""
-        state, tensors = checkpoint.state["rounds"], checkpoint.tensors
-        for slot, snapshot in self.moving.items():
-            for name, value in tensors[f"reference_{slot}"].items():
-                snapshot.values[name].copy_(value)
-        found = tensors.get("groups", {})
-        self.average, self.memory = dict(tensors.get("average", {})), dict(tensors.get("memory", {}))
-        self.num_averaged = state["num_averaged"]
-        self.values = {}
-        for name in tensors:
-            if name.startswith("values_"):
-                store = self.values[name.removeprefix("values_")] = ValueStore(None)
-                store.merge(tensors[name])
-        unpacked = {
-            name: None
-            if state[name] is None
-            else [unpack_groups(found, entry, port) for entry in state[name]]
-            for name in ("groups", "past")
-        }
-        self.groups, self.past = unpacked["groups"], unpacked["past"] or []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +83,7 @@ def run_rounds(
     if any(hasattr(p, "device_mesh") for p in learner.policy.parameters()):
         raise ValueError("rounds draw from the whole policy on every process: use DDP, not FSDP")
     spots = plan(rounds.stages, config)
-    slots = frozenset[str]().union(*(_slots(s) for s in rounds.stages)) - {"frozen", "none"}
+    slots = frozenset[str]().union(*(slots_of(s) for s in rounds.stages)) - {"frozen", "none"}
     if odd := slots - set(MOVING):
         raise ValueError(
             f"rounds have the references {', '.join(('frozen', *MOVING))}, not {', '.join(sorted(odd))}"
@@ -209,7 +128,7 @@ def _one_round(rounds: Rounds, session: Session, state: RoundState, spot: Spot) 
         memory=state.memory,
     )
     if state.groups is None:
-        _begin(stage, state, live, spot)
+        begin_round(stage, state, live, spot)
         state.groups = [_judged(rounds, stage, part, live, session) for part in stage.parts]
         session.write("train", _describe(state.groups[0], live) | dict(rounds.observe(state.groups[0])))
     groups = [state.groups[0] + [g for old in state.past for g in old], *state.groups[1:]]
@@ -221,7 +140,7 @@ def _one_round(rounds: Rounds, session: Session, state: RoundState, spot: Spot) 
         if "ema" in state.moving and stage.keep.ema is not None:
             state.moving["ema"].follow(learner.policy, stage.keep.ema)
         if learner.step == spot.end:
-            _finish(stage, state, spot, policy)
+            finish_round(stage, state, spot, policy)
 
     session.after_step = after_step
     if task is None:
@@ -234,45 +153,15 @@ def _one_round(rounds: Rounds, session: Session, state: RoundState, spot: Spot) 
         if not session.advance(task, spot.start + steps, seed=seed, start=spot.start):
             return False
     if learner.step < spot.end:
-        _finish(stage, state, spot, policy)
+        finish_round(stage, state, spot, policy)
         return session.pass_over(spot.end)
     return True
-
-
-def _begin(stage: Stage, state: RoundState, live: Live, spot: Spot) -> None:
-    """Keep, as far as it belongs to a round's start: the references that become the policy as it is now."""
-    if spot.round == 0:
-        state.past, state.average, state.num_averaged = [], {}, 0
-    due = spot.round == 0 or (stage.keep.stage == "each_round" and spot.round % stage.keep.every == 0)
-    if "previous" in state.moving and due:
-        first = spot.stage == 0 and spot.round == 0
-        earlier = Snapshot.of(live.policy).values if first else state.moving["stage"].values
-        for name, value in state.moving["previous"].values.items():
-            value.copy_(earlier[name])
-    if "stage" in state.moving and due:
-        state.moving["stage"].take(live.policy)
-    if "ema" in state.moving and spot.round == 0:
-        state.moving["ema"].take(live.policy)
-
-
-@torch.no_grad()
-def _finish(stage: Stage, state: RoundState, spot: Spot, policy: nn.Module) -> None:
-    """Keep, as far as it belongs to a round's end: the buffer and the average of the policies."""
-    assert state.groups is not None
-    wanted = len(stage.keep.past_rounds(spot.round + 1))
-    state.past = [*state.past, state.groups[0]][-wanted:] if wanted else []
-    state.groups, state.values = None, {}
-    if stage.keep.average:
-        state.num_averaged += 1
-        for name, parameter in trained(policy).items():
-            mean = state.average.get(name, torch.zeros_like(parameter)).to(parameter.device)
-            state.average[name] = mean + (parameter.detach() - mean) / state.num_averaged
 
 
 def _judged(rounds: Rounds, stage: Stage, part: Part, live: Live, session: Session) -> list[Group]:
     """The groups of one part, drawn and judged, the same on every rank; each rank draws its share."""
     accelerator = session.accelerator
-    size = min(_share(stage, part), len(rounds.contexts))
+    size = min(contexts_of(stage, part), len(rounds.contexts))
     draws = window(
         seed=key("contexts", live.seed, live.stage),
         step=live.round,
@@ -335,12 +224,6 @@ def _filled(
     return out
 
 
-def main_slot(part: Part) -> str:
-    """The reference that a part's rewards are relative to: its main term's; 'frozen' where it reads none."""
-    slot = part.terms.main.reference
-    return "frozen" if slot == "none" else slot
-
-
 def _tasks(
     stage: Stage, groups: Sequence[list[Group]], live: Live, session: Session, state: RoundState, seed: int
 ) -> Task | None:
@@ -359,9 +242,9 @@ def _tasks(
             for slot in part.terms.slots()
         }
         new = len(judged) if i or state.groups is None else len(state.groups[0])
-        _remember(references, judged[:new], judged[new:], part, stage, live)
+        remember(references, judged[:new], judged[new:], part, stage, live)
         task = _task(part, judged, samples, references, live, session)
-        _fill_references(task, live, session, seed)
+        fill_references(task, live, session, seed)
         made.append(task)
     return replace(made[0], also=tuple(made[1:]))
 
@@ -392,77 +275,6 @@ def _task(
         batch_size=min(part.batch_size or config.batch_size, len(samples)),
         name=part.name,
     )
-
-
-def _remember(
-    references: Mapping[str, Cached],
-    new: Sequence[Group],
-    past: Sequence[Group],
-    part: Part,
-    stage: Stage,
-    live: Live,
-) -> None:
-    """Put what is known already into the references' stores: nothing that was computed is computed again.
-
-    The reference 'stage' that became the policy at this round's start is the policy that drew, so its values
-    are the log-probs of drawing. Of past groups only the values of the reference that never moves hold.
-    """
-    keep = stage.keep
-    as_drawn = live.round == 0 or (keep.stage == "each_round" and live.round % keep.every == 0)
-    for slot, reference in references.items():
-        for g in (*new, *(past if slot == "frozen" else ())):
-            table, own = (g.ref, range(g.size)) if slot == main_slot(part) else (None, range(0))
-            if table is None and slot == "stage" and as_drawn:
-                # Units that others put in between have no log-prob of drawing; they count nothing either.
-                table, own = g.logp, [i for i in range(g.size) if g.origin[i] == "policy"]
-            if table is None or not len(own):
-                continue
-            names = [live.port.key(g.context, g.candidates[i]) for i in own]
-            length = (g.mask * torch.arange(1, g.mask.shape[1] + 1)).amax(-1)
-            rows = torch.tensor(list(own))
-            reference.store.add(reference.keys_of(names), table[rows], length[rows])
-
-
-def _fill_references(task: Task, live: Live, session: Session, seed: int) -> None:
-    """Compute what the references lack, in batches that no interruption changes; ranks share the work."""
-    accelerator, size = session.accelerator, session.config.micro_batch_size
-    order = longest_first(task.lengths)
-    cuts = [order[i : i + size] for i in range(0, len(order), size)]
-    for reference in task.references.values():
-        assert isinstance(reference, Cached)
-        known = set(reference.store.keys())
-        with accelerator.autocast():
-            for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
-                draws = [Draw(i, 0, key("sample", seed, 0, i)) for i in cut]
-                batch = task.collate([task.examples[i] for i in cut], draws)
-                if all(k in known for k in reference.keys(batch)):
-                    continue
-                reference.fill(task.likelihood, live.policy, [batch], live.device)
-        if accelerator.num_processes > 1:
-            for found in gather_object([reference.store.vectors(set(reference.store.keys()) - known)]):
-                reference.store.merge(found)
-
-
-def _slots(stage: Stage) -> frozenset[str]:
-    """Reference slots that a stage reads: its terms', and those that its sources and judges name."""
-    found: set[str] = set() if stage.keep.ema is None else {"ema"}
-    for part in stage.parts:
-        found |= {*part.terms.slots(), main_slot(part)}
-        for plug in (part.source, part.judge):
-            found |= _named_slots(plug)
-    return frozenset(found)
-
-
-def _named_slots(plug: Any) -> set[str]:
-    if isinstance(plug, Mapping):
-        plug = list(plug.values())
-    if isinstance(plug, (list, tuple)):
-        return set[str]().union(*map(_named_slots, plug))
-    if not is_dataclass(plug):
-        return set()
-    values = {f.name: getattr(plug, f.name) for f in fields(plug)}
-    own = {v for k, v in values.items() if k == "slot" and isinstance(v, str)}
-    return own.union(*(_named_slots(v) for v in values.values()))
 
 
 def _describe(groups: Sequence[Group], live: Live) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch
 
 from triptych.modalities.tabular.policy import TabularPolicy
 from triptych.training.groups import Group, Verdict
-from triptych.training.judges import JUDGES as COMMON
+from triptych.training.mixing import JUDGES as COMMON
 from triptych.training.plugs import Registry
 from triptych.training.references import unwrapped
 from triptych.training.stages import Judge, Live

@@ -19,7 +19,7 @@ from toy import cpu_accelerator
 from triptych.modalities.tabular.port import TabularPort
 from triptych.modalities.tabular.sources import SOURCES
 from triptych.objectives import Term, build
-from triptych.training.rounds import _slots, plan
+from triptych.training.round_state import plan, slots_of
 from triptych.training.shapes import SHAPES, shape_for
 from triptych.training.stages import Keep, Part
 
@@ -164,8 +164,8 @@ def test_slots_are_found_among_the_options_of_judges():
         experts: dict
         of: tuple = ()
 
-    assert _slots(stage(terms("dpo", beta=0.1), judge=Outer({"a": Inner()}))) == {"frozen", "ema"}
-    assert _slots(stage(terms("dpo", beta=0.1), judge=Outer({}, (Inner("stage"),)))) == {"frozen", "stage"}
+    assert slots_of(stage(terms("dpo", beta=0.1), judge=Outer({"a": Inner()}))) == {"frozen", "ema"}
+    assert slots_of(stage(terms("dpo", beta=0.1), judge=Outer({}, (Inner("stage"),)))) == {"frozen", "stage"}
 
 
 def test_a_slot_that_rounds_do_not_have_is_named(tmp_path):
