@@ -50,6 +50,15 @@ def window(*, seed: int, step: int, num_samples: int, batch_size: int) -> list[D
     return draws
 
 
+def round_contexts(*, seed: int, round_index: int, num_contexts: int, size: int) -> list[int]:
+    """Indices of the `size` <= num_contexts contexts of a round, all different.
+
+    Rounds go through a permutation of all contexts until it holds less than a round's, then begin another.
+    """
+    epoch, place = divmod(round_index, num_contexts // size)
+    return permutation(seed, epoch, num_contexts)[place * size : (place + 1) * size].tolist()
+
+
 def micro_batches(
     draws: Sequence[Draw], lengths: Sequence[int], *, rank: int, num_ranks: int, micro_batch_size: int
 ) -> list[list[Draw]]:

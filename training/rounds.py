@@ -22,7 +22,7 @@ from triptych.training.config import OptimConfig, RunConfig
 from triptych.training.fit import Hooks, Outcome, Session
 from triptych.training.groups import Group, Sample, pad_units, scores_of
 from triptych.training.loop import Learner, Task
-from triptych.training.order import key, longest_first, window
+from triptych.training.order import key, longest_first, round_contexts
 from triptych.training.references import Cached, Reference, Snapshot, unchanged, unwrapped
 from triptych.training.round_references import fill_references, remember
 from triptych.training.round_state import (
@@ -46,7 +46,8 @@ READOUTS = frozenset({"value", "entropy", "kl"})
 class Rounds:
     """What stays the same over all rounds of a run.
 
-    frozen: the reference of slot 'frozen'. observe: further metrics of a round's judged groups, by modality.
+    contexts: records with a `key`, which their groups bear. frozen: the reference of slot 'frozen'. observe:
+    further metrics of a round's judged groups, by modality.
     """
 
     stages: Sequence[Stage]
@@ -59,6 +60,11 @@ class Rounds:
         if not len(self.contexts):
             raise ValueError("there is no context to draw for")
         for stage in self.stages:
+            if stage.num_contexts > len(self.contexts):
+                there = f"there are {len(self.contexts)}"
+                raise ValueError(
+                    f"stage {stage.name}: num_contexts={stage.num_contexts} a round, and {there}"
+                )
             if stage.bound != self.port.bound:
                 raise ValueError(
                     f"stage {stage.name}: bound={stage.bound}, the likelihood's is {self.port.bound}"
@@ -161,14 +167,13 @@ def _one_round(rounds: Rounds, session: Session, state: RoundState, spot: Spot) 
 def _judged(rounds: Rounds, stage: Stage, part: Part, live: Live, session: Session) -> list[Group]:
     """The groups of one part, drawn and judged, the same on every rank; each rank draws its share."""
     accelerator = session.accelerator
-    size = min(contexts_of(stage, part), len(rounds.contexts))
-    draws = window(
+    chosen = round_contexts(
         seed=key("contexts", live.seed, live.stage),
-        step=live.round,
-        num_samples=len(rounds.contexts),
-        batch_size=stage.num_contexts,
-    )[:size]
-    mine = [rounds.contexts[d.index] for d in draws[accelerator.process_index :: accelerator.num_processes]]
+        round_index=live.round,
+        num_contexts=len(rounds.contexts),
+        size=stage.num_contexts,
+    )[: contexts_of(stage, part)]
+    mine = [rounds.contexts[i] for i in chosen[accelerator.process_index :: accelerator.num_processes]]
     needs = part.shape.needs | (frozenset() if part.judge is None else part.judge.needs)
     # Judges that remember what they saw must see the same on every rank.
     remembers = getattr(part.judge, "remembers", False)
@@ -178,7 +183,9 @@ def _judged(rounds: Rounds, stage: Stage, part: Part, live: Live, session: Sessi
         if part.judge is not None and not remembers:
             groups = _with_verdicts(groups, part, live)
     if accelerator.num_processes > 1:
-        groups = gather_object(groups)
+        # In the order of one process, so that the windows of samples do not depend on the number of ranks.
+        place = {rounds.contexts[index].key: i for i, index in enumerate(chosen)}
+        groups = sorted(gather_object(groups), key=lambda g: place[g.key])
     if part.judge is not None and remembers:
         with unchanged(live.policy), torch.no_grad(), accelerator.autocast():
             groups = _with_verdicts(groups, part, live)

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from triptych.training.order import Draw, key, micro_batches, num_steps_of, permutation, window
+from triptych.training.order import (
+    Draw,
+    key,
+    micro_batches,
+    num_steps_of,
+    permutation,
+    round_contexts,
+    window,
+)
 
 
 def test_a_key_is_the_first_63_bits_of_a_sha256_and_the_same_on_every_machine():
@@ -104,3 +112,12 @@ def test_a_window_larger_than_the_data_sees_a_sample_twice_with_other_randomness
     draws = window(seed=0, step=0, num_samples=3, batch_size=6)
     assert np.bincount([d.index for d in draws]).tolist() == [2, 2, 2]
     assert len({d.seed for d in draws}) == 6
+
+
+def test_the_contexts_of_a_round_are_all_different_and_an_epochs_rounds_share_none():
+    rounds = [round_contexts(seed=1, round_index=r, num_contexts=8, size=3) for r in range(6)]
+    assert all(len(set(chosen)) == 3 for chosen in rounds)
+    for first in (0, 2, 4):
+        assert not set(rounds[first]) & set(rounds[first + 1])
+    assert rounds[0] != rounds[2]
+    assert sorted(round_contexts(seed=1, round_index=5, num_contexts=8, size=8)) == list(range(8))
