@@ -16,21 +16,10 @@ class CriticConfig:
 
     kind 'head' reads the policy's own hidden states (detached: the critic does not move the policy);
     'model' has a body of its own, a copy of the base model with adapters as the policy's. The head starts
-    at zero. coefficient: weight of the value loss; loss: an objective of the registry with its options.
+    at zero. What trains it is a regulariser of the recipe's objective, such as ppo_value or oreo_value.
     """
 
     kind: Literal["head", "model"] = "head"
-    coefficient: float = 0.1
-    loss: str = "ppo_value"
-    clip: float | None = 0.2
-
-    def __post_init__(self) -> None:
-        if not self.coefficient > 0:
-            raise ValueError(f"critic.coefficient={self.coefficient} must be positive")
-        if (self.loss == "ppo_value") != (self.clip is not None):
-            raise ValueError(
-                f"critic.clip={self.clip} belongs to critic.loss=ppo_value; here it is {self.loss}"
-            )
 
 
 class TokenCritic(nn.Module):
@@ -47,7 +36,7 @@ class TokenCritic(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, hidden_NH: Tensor, own_hidden: Callable[[Any], Tensor]) -> Tensor:
-        """Values, [N] float32. own_hidden: hidden states [N, H] of a given language model on the same rows."""
+        """Values, [N] float32. own_hidden: hidden states [N, H] of another language model on these rows."""
         if self.body is None:
             hidden_NH = hidden_NH.detach()
         else:

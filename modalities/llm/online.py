@@ -75,9 +75,9 @@ class StageConfig:
 class OnlineEvaluation:
     """Held-out prompts that the policy answers at run.eval_every and at the end.
 
-    They are judged by the recipe's own judge ('reward') and by held_out_judges, by name, which training never
-    sees and which tell a real gain from a hacked reward. best_of: also the best of so many answers of the
-    base by the recipe's judge, the bar that sampling alone sets.
+    They are judged by the recipe's own judge ('reward') and by further_judges, by name: parts of the reward,
+    or judges that training never sees, which tell a real gain from a hacked reward. best_of: also the best of
+    so many answers of the base by the recipe's judge, the bar that sampling alone sets.
     """
 
     num_prompts: int = 64
@@ -85,7 +85,7 @@ class OnlineEvaluation:
     temperature: float = 1.0
     batch_size: int = 64
     best_of: int = 4
-    held_out_judges: dict[str, PlugConfig] = field(default_factory=dict)
+    further_judges: dict[str, PlugConfig] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name, least in {"num_prompts": 0, "max_new_tokens": 1, "batch_size": 1, "best_of": 1}.items():

@@ -59,10 +59,10 @@ class HeldOut:
         self.judges: dict[str, Judge] = {}
         if main is not None and "score" in main.gives and not main.needs:
             self.judges[MAIN] = main
-        for name, plug in settings.held_out_judges.items():
+        for name, plug in settings.further_judges.items():
             judge = build_judge(plug, JUDGES)
             if "score" not in judge.gives or judge.needs:
-                raise ValueError(f"evaluation.held_out_judges.{name} must score single answers by themselves")
+                raise ValueError(f"evaluation.further_judges.{name} must score single answers by themselves")
             self.judges[name] = judge
 
     def live(self) -> Live:

@@ -33,7 +33,7 @@ class TokenPolicy(nn.Module):
     """
 
     def __init__(self, model: nn.Module, *, impl: Impl = "auto", temperature: float = 1.0):
-        """temperature: the policy is softmax(logits / temperature); 1 unless samples at another are trained on."""
+        """temperature: the policy is softmax(logits / temperature), as its samples are drawn."""
         super().__init__()
         self.model = model
         self.impl: Impl = impl
@@ -104,7 +104,7 @@ class TokenPolicy(nn.Module):
         hidden_RTH = lm.base_model(
             input_ids=rows.input_ids,
             position_ids=rows.positions,
-            attention_mask=_attention_mask(lm, rows),
+            attention_mask=row_mask(lm, rows),
             use_cache=False,
         ).last_hidden_state
         return hidden_RTH.flatten(0, 1).index_select(0, rows.source)
@@ -159,7 +159,8 @@ def check_head(lm: Any) -> None:
         )
 
 
-def _attention_mask(lm: Any, rows: Rows) -> Tensor | Mapping[str, Tensor] | None:
+def row_mask(lm: Any, rows: Rows) -> Tensor | Mapping[str, Tensor] | None:
+    """The attention mask of these rows as this model takes it; None for causal rows."""
     if rows.segments is None:
         return None
     config, kinds = lm.config.get_text_config(), _kinds(lm)

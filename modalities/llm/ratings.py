@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from triptych.modalities.llm.files import MAX_ROW_BYTES, Rows
-from triptych.modalities.llm.readers import _confined, _open
+from triptych.modalities.llm.readers import confined, open_source
 from triptych.modalities.llm.records import Record, parse_row
 from triptych.modalities.llm.rendering import Chat
 from triptych.modalities.llm.tokenization import Limits
@@ -65,11 +65,12 @@ def open_rows(
 ) -> Rows:
     """Rows of a file, a folder or a hub name, each with its place; tensors of a .safetensors file as rows."""
     if source.lower().endswith(".safetensors"):
-        path = Path(_confined(source, data_root))
+        path = Path(confined(source, data_root))
         if not path.is_file():
             raise DataError("does not exist", source=str(path))
         return tensor_rows(path)
-    return _open(source, split=split, data_root=data_root, revision=revision, max_bytes=MAX_ROW_BYTES)[1]
+    where = {"data_root": data_root, "revision": revision}
+    return open_source(source, split=split, max_bytes=MAX_ROW_BYTES, **where)[1]
 
 
 def read_ratings(

@@ -72,7 +72,7 @@ def read_records(
         raise ValueError(f"format is {format!r}; it is one of auto, {', '.join(FORMATS)}")
     if limit is not None and limit < 1:
         raise ValueError(f"limit is {limit}; it is at least 1, or null for all")
-    name, rows = _open(
+    name, rows = open_source(
         os.fspath(source), split=split, data_root=data_root, revision=revision, max_bytes=max_row_bytes
     )
     first = list(itertools.islice(rows, _NUM_ROWS_LOOKED_AT))
@@ -171,9 +171,11 @@ def _nothing_left(name: str, layout: str, errors: list[DataError], rows: list[ob
     return DataError("holds no usable record", source=name, remedy=remedy)
 
 
-def _open(source: str, *, split: str, data_root, revision: str | None, max_bytes: int) -> tuple[str, Rows]:
+def open_source(
+    source: str, *, split: str, data_root, revision: str | None, max_bytes: int
+) -> tuple[str, Rows]:
     """A short name for the source, and its rows."""
-    path = _confined(source, data_root)
+    path = confined(source, data_root)
     if path.is_dir():
         if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
             return path.name, _saved_rows(path, split)
@@ -188,7 +190,8 @@ def _open(source: str, *, split: str, data_root, revision: str | None, max_bytes
     return source, _hub_rows(match["path"], match["config"], split, revision)
 
 
-def _confined(source: str, data_root: str | os.PathLike[str] | None) -> Path:
+def confined(source: str, data_root: str | os.PathLike[str] | None) -> Path:
+    """The path that a source names, within data_root where there is one; DataError for a URL or an escape."""
     if "://" in source:
         raise DataError("is a URL", source=source, remedy=f"download it first; then give {_ACCEPTED}")
     if "\0" in source or not source.strip():

@@ -27,7 +27,7 @@ from triptych.modalities.llm.model import (
     load_trained,
     locate,
 )
-from triptych.modalities.llm.policy import TokenPolicy, _attention_mask, supported_sharing
+from triptych.modalities.llm.policy import TokenPolicy, row_mask, supported_sharing
 from triptych.modalities.llm.rows import Context, RowCost, Rows, Sharing, make_rows
 from triptych.training.atomic import clean_temporary, make_temporary, publish
 from triptych.training.references import content_hash
@@ -102,7 +102,7 @@ class RewardModel(nn.Module):
         hidden_RTH = lm.base_model(
             input_ids=rows.input_ids,
             position_ids=rows.positions,
-            attention_mask=_attention_mask(lm, rows),
+            attention_mask=row_mask(lm, rows),
             use_cache=False,
         ).last_hidden_state
         hidden_CH = hidden_RTH.flatten(0, 1).index_select(0, last_tokens(rows))
