@@ -15,6 +15,7 @@ COMMANDS = {
     ("train", "reward"): ("train_reward", "train a reward model"),
     ("evaluate",): ("evaluate", "held-out results of an aligned model"),
     ("improve",): ("improve", "let a trained model improve its answers, step by step"),
+    ("methods",): ("methods", "how every online method is composed"),
     ("objectives",): ("objectives", "list the objectives, or show one"),
     ("data",): ("check_data", "what a data set holds and what would be left out of it"),
     ("evidence",): ("evidence", "run the experiments behind EVIDENCE.md"),

@@ -22,11 +22,11 @@ import torch
 
 from triptych.modalities.llm.prompts import Completion, Prompt
 from triptych.modalities.llm.rewards import vader as vader_measure
+
+# Through the last of them, so that every judge of any modality is registered by now.
+from triptych.training.drift import JUDGES as GENERAL
 from triptych.training.groups import Group, Verdict
 from triptych.training.judging import Scored, check_choice, count
-
-# Through mixing, so that every judge of any modality is registered by now.
-from triptych.training.mixing import JUDGES as GENERAL
 from triptych.training.plugs import Registry
 from triptych.training.stages import Judge, Live
 

@@ -9,8 +9,8 @@ from typing import ClassVar
 import torch
 
 from triptych.modalities.tabular.policy import TabularPolicy
+from triptych.training.drift import JUDGES as COMMON
 from triptych.training.groups import Group, Verdict
-from triptych.training.mixing import JUDGES as COMMON
 from triptych.training.plugs import Registry
 from triptych.training.references import unwrapped
 from triptych.training.stages import Judge, Live

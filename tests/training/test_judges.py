@@ -419,3 +419,9 @@ class TestBuilding:
         judge = WinRate(of=Skipping(verdict=Verdict(score=torch.tensor([1.0]))), with_self=True)
         with pytest.raises(ValueError, match="judge Skipping gave 0 verdicts of 1 groups"):
             one(judge, "a")
+
+
+def test_aspects_reduce_to_their_mean():
+    """UltraFeedback's four ratings (2, 3, 3, 3) of one answer."""
+    judge = OverUsers(of=says(users=torch.tensor([[2.0, 3.0, 3.0, 3.0], [5.0, 1.0, 1.0, 1.0]])))
+    assert judge([group("a", "b")], live())[0].score.tolist() == [2.75, 2.0]
