@@ -71,10 +71,9 @@ class SampleCollator:
         kinds: set[Kind] = {s.kind for s in samples}
         if len(kinds) != 1:
             raise ValueError(f"a batch needs samples of one kind, not {sorted(kinds)}")
-        wanted: dict[int, list[int]] = {}
+        wanted: dict[int, dict[int, None]] = {}
         for s in samples:
-            known = wanted.setdefault(s.group, [])
-            known += [c for c in s.all_candidates if c not in known]
+            wanted.setdefault(s.group, {}).update(dict.fromkeys(s.all_candidates))
         seeds = {s.group: d.seed for s, d in zip(reversed(samples), reversed(draws), strict=False)}
         items = [
             (self.groups[g].context, [self.groups[g].candidates[c] for c in cs]) for g, cs in wanted.items()
