@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from triptych.objectives import names
+from triptych.scripts import methods
 from triptych.scripts.objectives import main, markdown
 
 README = Path(__file__).resolve().parents[2] / "README.md"
@@ -27,3 +28,21 @@ def test_objectives_show_prints_formula_range_and_paper(capsys):
     assert "beta: (0, inf], required" in out
     assert "arXiv 2305.18290" in out
     assert "also called: sigmoid" in out
+
+
+def test_readme_table_of_methods_is_that_of_the_recipes():
+    assert between(README.read_text("utf-8"), "methods") == methods.markdown(), "run: triptych methods table"
+
+
+def test_every_online_recipe_names_its_method_and_its_paper():
+    for row in methods.rows():
+        assert row["method"], row["recipe"]
+        assert "arXiv" in row["paper"] or row["paper"] == "-", row["recipe"]
+    assert len(methods.rows()) >= 25
+
+
+def test_methods_are_printed_with_their_plug_points(capsys):
+    assert methods.main([]) == 0
+    out = capsys.readouterr().out
+    assert "sppo: SPPO" in out
+    assert "objective  sppo(beta=0.05) against stage" in out
