@@ -274,7 +274,7 @@ def with_reference(policy: AnyInput, reference: AnyInput) -> AnyInput:
 
 
 def provided(x: Input) -> frozenset[str]:
-    """Names of the optional fields that an input fills, its log-likelihoods' included; no masks and counts."""
+    """Names of the optional fields that an input fills, its log-likelihoods' too; no masks, no counts."""
     filled: set[str] = set()
     for field in fields(x):
         value = getattr(x, field.name)
