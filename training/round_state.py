@@ -155,17 +155,18 @@ def slots_of(stage: Stage) -> frozenset[str]:
     for part in stage.parts:
         found |= {*part.terms.slots(), main_slot(part)}
         for plug in (part.source, part.judge):
-            found |= _named_slots(plug)
+            found |= named_slots(plug)
     return frozenset(found)
 
 
-def _named_slots(plug: Any) -> set[str]:
+def named_slots(plug: Any) -> set[str]:
+    """Reference slots that a source or a judge names in its options, and those inside them."""
     if isinstance(plug, Mapping):
         plug = list(plug.values())
     if isinstance(plug, (list, tuple)):
-        return set[str]().union(*map(_named_slots, plug))
+        return set[str]().union(*map(named_slots, plug))
     if not is_dataclass(plug):
         return set()
     values = {f.name: getattr(plug, f.name) for f in fields(plug)}
     own = {v for k, v in values.items() if k == "slot" and isinstance(v, str)}
-    return own.union(*(_named_slots(v) for v in values.values()))
+    return own.union(*(named_slots(v) for v in values.values()))

@@ -7,7 +7,7 @@ U units, T turns. `JUDGES` here has every judge for text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -31,8 +31,8 @@ from triptych.modalities.llm.questions import (
     placeholders,
     token_logps,
 )
-from triptych.training.groups import Group, Verdict, scores_of
-from triptych.training.judging import both_orders, check_choice, checked, judged, nested_memory, nested_needs
+from triptych.training.groups import Group, Verdict
+from triptych.training.judging import both_orders, check_choice
 from triptych.training.plugs import Registry
 from triptych.training.stages import Judge, Live
 
@@ -291,54 +291,3 @@ class FollowUp:
         means = torch.tensor([[t.mean().item() for t in row] for row in tables]).view(-1, len(replies))
         good, bad = means.split([len(self.positive), len(self.negative)], dim=-1)
         return [Verdict(score=s) for s in (good.mean(-1) - bad.mean(-1)).split([g.size for g in groups])]
-
-
-@JUDGES.register("per_turn")
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PerTurn:
-    """units: the score of each turn's text, at the turn's last unit, [K, U]; score: that of the last turn.
-
-    `of` must read text alone, as checks do: each turn is shown to it as a completion with that text.
-    """
-
-    of: Judge
-
-    gives = frozenset({"score", "units"})
-    needs = property(nested_needs)
-    remembers = property(nested_memory)
-
-    def __post_init__(self) -> None:
-        checked(self.of, "of", "score")
-
-    def __call__(self, groups: Sequence[Group], live: Live) -> list[Verdict]:
-        """Scores of turns; ValueError for a group without turns."""
-        texts = [[c.turn_texts() for c in g.candidates] for g in groups]
-        num_turns = max((len(t) for group in texts for t in group), default=0)
-        by_turn: list[list[Group]] = []
-        for turn in range(num_turns):
-            shown = [replace(g, candidates=tuple(_only(c, turn) for c in g.candidates)) for g in groups]
-            by_turn.append(judged(self.of, shown, live))
-        return [
-            _at_ends(g, [scores_of(j[i]) for j in by_turn], [len(t) for t in texts[i]])
-            for i, g in enumerate(groups)
-        ]
-
-
-def _only(completion: Completion, turn: int) -> Completion:
-    """The completion with the text of one turn, the last one for a turn that it does not have."""
-    texts = completion.turn_texts()
-    return replace(completion, text=texts[min(turn, len(texts) - 1)])
-
-
-def _at_ends(group: Group, scores: Sequence[Tensor], num_turns: Sequence[int]) -> Verdict:
-    """The scores of turns [T][K] where the turns end."""
-    if group.turn is None:
-        raise ValueError(f"group {group.key} has no turns, which per_turn scores")
-    units, last = torch.zeros(group.mask.shape), torch.zeros(group.size)
-    for k, number in enumerate(num_turns):
-        for turn in range(number):
-            places = (group.mask[k] & (group.turn[k] == turn)).nonzero()
-            if len(places):
-                units[k, places[-1, 0]] = scores[turn][k]
-        last[k] = scores[number - 1][k]
-    return Verdict(score=last, units=units)

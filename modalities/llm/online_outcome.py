@@ -16,6 +16,7 @@ from triptych.modalities.llm.online import OnlineConfig, OnlineRun
 from triptych.modalities.llm.plugs import JUDGES
 from triptych.modalities.llm.sampling import Drawing
 from triptych.modalities.llm.sampling_groups import completion_group, draw_for, drawn_group
+from triptych.modalities.llm.turn_judges import PerTurn, TurnGap
 from triptych.training.card import write_card
 from triptych.training.groups import Group
 from triptych.training.judging import build_judge
@@ -24,6 +25,7 @@ from triptych.training.order import key, longest_first
 from triptych.training.quarantine import Quarantine
 from triptych.training.references import unchanged
 from triptych.training.report import SamplePair, Table, write_report
+from triptych.training.round_state import named_slots
 from triptych.training.stages import Judge, Live
 from triptych.training.stats import Estimate, bootstrap_interval, paired_difference
 
@@ -56,8 +58,10 @@ class HeldOut:
         self.prompts = [run.data.held_out[i] for i in chosen]
         self.clusters = [run.data.clusters[i] for i in chosen]
         main = run.rounds.stages[-1].main.judge
+        # Of answers in turns, each is judged by itself; here there is one.
+        main = main.of if isinstance(main, PerTurn | TurnGap) else main
         self.judges: dict[str, Judge] = {}
-        if main is not None and "score" in main.gives and not main.needs:
+        if main is not None and "score" in main.gives and not main.needs and named_slots(main) <= {"frozen"}:
             self.judges[MAIN] = main
         for name, plug in settings.further_judges.items():
             judge = build_judge(plug, JUDGES)

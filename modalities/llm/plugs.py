@@ -1,10 +1,10 @@
 """Every source and judge of text rounds by name: what a recipe may say."""
 
-from triptych.modalities.llm import reward_judges, tree_source
+from triptych.modalities.llm import reward_judges, tree_source, turn_judges
 from triptych.modalities.llm.judges import JUDGES
 from triptych.modalities.llm.sources import SOURCES
 
-# Importing these two adds their names to the registries, which they cannot be imported by.
-REGISTERED_HERE = (reward_judges, tree_source)
+# Importing these adds their names to the registries, which they cannot be imported by.
+REGISTERED_HERE = (reward_judges, tree_source, turn_judges)
 
 __all__ = ["JUDGES", "REGISTERED_HERE", "SOURCES"]

@@ -9,7 +9,6 @@ from triptych.modalities.llm.judges import (
     Implicit,
     Likelihood,
     PairwiseLLM,
-    PerTurn,
     PointsLLM,
     SelfEval,
 )
@@ -18,6 +17,7 @@ from triptych.modalities.llm.port import TextPort
 from triptych.modalities.llm.prompts import TURN_BREAK, Completion, Prompt
 from triptych.modalities.llm.questions import Question, before_reply, filled, judge_prompt, reply_header
 from triptych.modalities.llm.rows import RowCost
+from triptych.modalities.llm.turn_judges import PerTurn, TurnGap
 from triptych.training.groups import Group
 from triptych.training.judges import build_judge
 from triptych.training.judging import ORDER_FLIPS
@@ -416,3 +416,15 @@ def test_every_judge_for_text_is_in_one_registry():
         "follow_up",
         "per_turn",
     } <= names
+
+
+def test_a_turn_gap_is_what_the_last_turn_gained_over_the_first():
+    judge = TurnGap(of=build_judge({"name": "num_words"}, JUDGES))
+    said = [
+        Completion(ids=np.arange(3, dtype=np.int32), text=text)
+        for text in (f"one{TURN_BREAK}one two three", f"a b c d{TURN_BREAK}a", "only one turn")
+    ]
+    context = Prompt(key="x", ids=np.zeros(1, dtype=np.int32), text="")
+    group = Group(key="x", context=context, candidates=tuple(said), mask=torch.ones(3, 3, dtype=torch.bool))
+    (verdict,) = judge([group], None)
+    assert verdict.score.tolist() == [2.0, -3.0, 0.0]
