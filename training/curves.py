@@ -248,5 +248,6 @@ def _inline(svg: str, title: str, label: str) -> str:
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, variable)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
-    svg = re.sub(r"(\.\d\d)\d+", r"\1", svg)
+    # Coordinates need two decimals; numbers that are read, between the tags, stay as they are.
+    svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     return re.sub(r"\s*\n\s*", " ", svg).strip()

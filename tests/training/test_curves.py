@@ -142,3 +142,16 @@ def test_a_step_logged_twice_shows_the_later_value():
     (curve,) = render_curves([event(1, loss=9.0), event(2, loss=1.0), event(1, loss=2.0)])
     assert "training ends at 1" in curve.svg
     assert '">9<' not in curve.svg
+
+
+def test_ticks_keep_their_digits():
+    events = [{"step": i, "split": "train", "learning_rate": 2e-4} for i in range(4)]
+    (curve,) = render_curves(events)
+    ticks = {float(t) for t in re.findall(r"<text[^>]*>([\d.]+)</text>", curve.svg) if "." in t}
+    assert len(ticks) > 1
+    assert all(1e-4 < t < 3e-4 for t in ticks)
+    # Ticks at 0, 0.004, 0.008 and 0.012: two decimals would make three of them 0.
+    events = [{"step": i, "split": "train", "loss": 0.006 * i} for i in range(3)]
+    (curve,) = render_curves(events)
+    ticks = re.findall(r"<text[^>]*>(0\.\d+)</text>", curve.svg)
+    assert len({float(t) for t in ticks}) == len(ticks) >= 3
