@@ -34,7 +34,8 @@ class Verdict:
     consistency: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("score", "units", "preference", "users"):
+        # Rewards of units may hold anything at padding.
+        for name in ("score", "preference", "users"):
             value = getattr(self, name)
             if value is not None and bool(value.isnan().any()):
                 raise ValueError(f"a verdict's {name} holds NaN: {value.tolist()}")

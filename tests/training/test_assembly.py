@@ -5,7 +5,7 @@ import torch
 
 from triptych.objectives import LabelledLogLik, ListLogLik, PairLogLik, UnitLogLik, with_reference
 from triptych.training.assembly import RoundLikelihood, SampleCollator, fold
-from triptych.training.groups import Group, Sample
+from triptych.training.groups import Group, Sample, Verdict
 from triptych.training.order import Draw
 
 
@@ -179,6 +179,13 @@ def test_samples_of_one_group_share_the_work_on_their_candidates():
 def test_a_batch_holds_samples_of_one_kind():
     with pytest.raises(ValueError, match=r"samples of one kind, not \['list', 'pair'\]"):
         batch_of(sample("pair", 0, 0, 1), sample("list", 1, 0, 1, relevance=[1.0, 0.0]))
+
+
+@pytest.mark.parametrize("name", ["score", "preference", "users"])
+def test_a_verdict_of_nan_is_no_verdict(name):
+    with pytest.raises(ValueError, match=f"a verdict's {name} holds NaN"):
+        Verdict(**{name: torch.tensor([[1.0, float("nan")]])})
+    assert Verdict(units=torch.tensor([[1.0, float("nan")]])).given() == {"units"}
 
 
 def test_a_group_says_what_does_not_fit():
