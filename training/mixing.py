@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triptych.training.agreement import JUDGES
 from triptych.training.groups import Group, Verdict, preferences_of, scores_of
-from triptych.training.judges import JUDGES
 from triptych.training.judging import checked, judged, nested_needs
 from triptych.training.stages import Judge, Live
 

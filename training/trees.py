@@ -1,7 +1,7 @@
-"""Trees whose siblings are compared: PUCT search over steps, and siblings along one path.
+"""Trees whose siblings are compared: PUCT search over steps.
 
-Both ask a callback for children of many trees at once, so that a model samples in a batch. They know
-nothing of what a step is (a line of reasoning, a denoising step): a state is the modality's own record.
+A callback is asked for children of many trees at once, so that a model samples in a batch. Nothing here
+knows what a step is: a state is the modality's own record. Paths without a search are in `growing`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from triptych.training.groups import Group, Unit, Verdict
+from triptych.training.groups import Group, Verdict
 
 Choice = Literal["visits", "best", "random"]
-Path = Literal["random", "best", "worst"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +52,7 @@ class Search:
                 raise ValueError(f"search.{name}={getattr(self, name)} must be a number of at least 0")
         if not 0 < self.gamma <= 1:
             raise ValueError(f"search.gamma={self.gamma} must be in (0, 1]")
-        _check_choice("search.choose", self.choose, Choice)
+        check_choice("search.choose", self.choose, Choice)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +218,7 @@ def _back_up(path: Sequence[Node], gamma: float) -> None:
 
 def chooser(choice: Choice, generator: torch.Generator | None = None) -> Choose:
     """How a path goes on. 'random' needs a generator, and no other choice takes one; ties go to the first."""
-    _check_choice("choose", choice, Choice)
+    check_choice("choose", choice, Choice)
     if (choice == "random") != (generator is not None):
         raise ValueError(f"choose={choice!r}: a generator goes with 'random', and with it only")
     if generator is not None:
@@ -319,76 +318,7 @@ def sibling_groups(
     ]
 
 
-def grow(
-    starts: Sequence[tuple[str, Any]],
-    *,
-    num_steps: int,
-    num_siblings: int,
-    expand: Callable[[Sequence[Any], int, int], Sequence[Sequence[Child]]],
-    generators: Sequence[torch.Generator],
-    choose: Path = "random",
-    score: Callable[[Sequence[Group]], Sequence[Tensor]] | None = None,
-    first_step: int = 0,
-    unit: Unit = "denoise",
-) -> list[Group]:
-    """Paths of `num_steps` steps with siblings at each of them: one group a step, whose context they share.
-
-    starts: key and state of each path. expand(states, step, num): `num` children of each state. Each step's
-    siblings come from the one state where the path is, and it goes on from one of them: a random one keeps
-    the states those of the policy (step-aware SPO, Liang et al. 2024, arXiv 2406.04314); the best or worst
-    one by `score` of the step's groups, [K] each. A group's context is the state, its candidates are the
-    states that follow; logp is a step's sum, [K, 1]. Before first_step there are no siblings and no groups.
-    generators: one a path. Groups of one path follow each other.
-    """
-    _check_grow(num_steps, num_siblings, first_step, choose, score is not None)
-    states = [state for _, state in starts]
-    grown: list[list[Group]] = [[] for _ in starts]
-    for step in range(num_steps):
-        if step < first_step:
-            states = [children[0].state for children in expand(states, step, 1)]
-            continue
-        drawn = expand(states, step, num_siblings)
-        groups = [
-            _step_group(key, state, children, step, unit)
-            for (key, _), state, children in zip(starts, states, drawn, strict=True)
-        ]
-        for own, group in zip(grown, groups, strict=True):
-            own.append(group)
-        scores = [None] * len(groups) if score is None else score(groups)
-        taken = [_take(s, num_siblings, choose, g) for s, g in zip(scores, generators, strict=True)]
-        states = [children[i].state for children, i in zip(drawn, taken, strict=True)]
-    return [group for own in grown for group in own]
-
-
-def _step_group(key: str, state: Any, children: Sequence[Child], step: int, unit: Unit) -> Group:
-    logp = torch.stack([c.logp.detach().float().sum() for c in children]).unsqueeze(-1)
-    return Group(
-        key=key,
-        context=state,
-        candidates=tuple(c.state for c in children),
-        mask=torch.ones(logp.shape, dtype=torch.bool),
-        unit=unit,
-        logp=logp.cpu(),
-        depth=step,
-    )
-
-
-def _take(scores: Tensor | None, num: int, choose: Path, generator: torch.Generator) -> int:
-    if scores is None:
-        return int(torch.randint(num, (1,), generator=generator))
-    return int(scores.argmax() if choose == "best" else scores.argmin())
-
-
-def _check_grow(num_steps: int, num_siblings: int, first_step: int, choose: Path, scored: bool) -> None:
-    if num_siblings < 2:
-        raise ValueError(f"num_siblings={num_siblings} must be at least 2")
-    if not 0 <= first_step < num_steps:
-        raise ValueError(f"first_step={first_step} must be at least 0 and less than num_steps={num_steps}")
-    _check_choice("choose", choose, Path)
-    if scored != (choose != "random"):
-        raise ValueError(f"choose={choose!r}: score goes with 'best' and 'worst', and with them only")
-
-
-def _check_choice(name: str, value: str, valid: Any) -> None:
+def check_choice(name: str, value: str, valid: Any) -> None:
+    """Refuse a value that is none of a Literal's; ValueError naming them."""
     if value not in valid.__args__:
         raise ValueError(f"{name}={value!r} is not one of {', '.join(valid.__args__)}")

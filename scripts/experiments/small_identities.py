@@ -31,7 +31,7 @@ from triptych.scripts.experiments.common import (
     stopwatch,
     verdict,
 )
-from triptych.training.judges import kendall
+from triptych.training.agreement import kendall
 
 NAME = "small_identities"
 BETA = 0.1

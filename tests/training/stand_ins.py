@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from triptych.training.groups import Group, Verdict
-from triptych.training.trees import Child, grow
+from triptych.training.growing import grow
+from triptych.training.trees import Child
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
+from triptych.training.agreement import Agreement, kendall, spearman, top_order
 from triptych.training.groups import Group, Verdict
 from triptych.training.judges import (
     JUDGES,
-    Agreement,
     BradleyTerry,
     Combine,
     Ensemble,
@@ -20,9 +20,6 @@ from triptych.training.judges import (
     Scored,
     WinRate,
     build_judge,
-    kendall,
-    spearman,
-    top_order,
 )
 from triptych.training.judging import ORDER_FLIPS
 from triptych.training.plugs import PlugConfig

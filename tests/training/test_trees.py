@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from triptych.training.groups import Group
+from triptych.training.growing import grow
 from triptych.training.trees import (
     Child,
     Estimate,
     Node,
     Search,
     chooser,
-    grow,
     prior,
     puct,
     search,
