@@ -113,7 +113,9 @@ def run(
         claims = [_claim(row) for row in rows]
         caption = (
             "Left: mean reward of each round's samples while training. Right: held-out prompts, on topics "
-            "that training never mentions: the untrained model, its best of n, each method; 95 % intervals."
+            "that training never mentions: the untrained model, its best of n, each method; 95 % intervals. "
+            "The reward asks for form and mood alone, and that is what it gets: answers become short and "
+            "cheerful, and often leave the question."
         )
         draw: Callable[[Figure], None] = partial(_draw, rows)
         return Outcome(claims=claims, figure=draw, caption=caption, seconds=seconds(), size=(10.0, 3.8))
