@@ -121,6 +121,7 @@ class OnlineConfig:
 
 def stages_of(config: OnlineConfig) -> list[Stage]:
     """The stages of a recipe; ValueError, with the reason, for what could not mean what it says."""
+    _check_settings(config)
     single = StageConfig(name="rounds")
     stages = [_stage(config, s) for s in config.stages or [single]]
     if config.critic is not None and not any(
@@ -128,6 +129,20 @@ def stages_of(config: OnlineConfig) -> list[Stage]:
     ):
         raise ValueError("a critic is given, but no objective trains it: add ppo_value or oreo_value")
     return stages
+
+
+def _check_settings(config: OnlineConfig) -> None:
+    """Refuse what other runs read and rounds do not."""
+    if config.model.cache_reference:
+        raise ValueError("model.cache_reference: rounds keep each round's reference values by themselves")
+    if config.optim.num_steps is not None or config.optim.num_epochs != 1:
+        raise ValueError(
+            "optim.num_steps and optim.num_epochs: rounds.num_rounds and rounds.num_epochs decide on the length"
+        )
+    if config.data.keep:
+        raise ValueError(
+            f"data.keep={', '.join(config.data.keep)}: rounds take labels from the judge and the shape"
+        )
 
 
 def _stage(config: OnlineConfig, stage: StageConfig) -> Stage:

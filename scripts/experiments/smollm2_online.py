@@ -49,12 +49,15 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "dpo": {"name": "dpo", "options": {"beta": 0.1}},
     "grpo": {"name": "grpo", "options": {"clip": 0.2}, "regularizers": [KL]},
     "rloo": {"name": "rloo", "options": {"clip": 0.2}, "regularizers": [KL]},
+    # The same with a KL term 20 times as heavy: what is gained near the untrained model.
+    "grpo_near": {"name": "grpo", "options": {"clip": 0.2}, "regularizers": [KL | {"weight": 1.0}]},
 }
-LABELS = {"dpo": "online DPO", "grpo": "GRPO", "rloo": "RLOO"}
+LABELS = {"dpo": "online DPO", "grpo": "GRPO", "rloo": "RLOO", "grpo_near": "GRPO, KL x 20"}
 PAPERS = {
     "dpo": "Guo et al. 2024, arXiv 2402.04792",
     "grpo": "Shao et al. 2024, arXiv 2402.03300",
     "rloo": "Ahmadian et al. 2024, arXiv 2402.14740",
+    "grpo_near": "Shao et al. 2024, arXiv 2402.03300",
 }
 # Small enough for a bounded policy: with it, a policy that had drifted to other text would be told apart.
 KL_BOUND = 20.0
@@ -114,8 +117,8 @@ def run(
         caption = (
             "Left: mean reward of each round's samples while training. Right: held-out prompts, on topics "
             "that training never mentions: the untrained model, its best of n, each method; 95 % intervals. "
-            "The reward asks for form and mood alone, and that is what it gets: answers become short and "
-            "cheerful, and often leave the question."
+            "The reward asks for form and mood alone, and that is what it gets: far from the untrained model "
+            "answers are short and cheerful, and many of them mean nothing."
         )
         draw: Callable[[Figure], None] = partial(_draw, rows)
         return Outcome(claims=claims, figure=draw, caption=caption, seconds=seconds(), size=(10.0, 3.8))

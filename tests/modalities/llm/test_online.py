@@ -245,3 +245,14 @@ def test_held_out_prompts_must_exist_where_they_are_asked_for(base, tmp_path):
     data = {"source": str(path), "eval_fraction": 0.0}
     with pytest.raises(ValueError, match=r"set data\.eval_fraction, or evaluation\.num_prompts=0"):
         one_round(tmp_path, base, data=data, evaluation={"num_prompts": 2})
+
+
+def test_settings_of_other_runs_that_rounds_do_not_read_are_refused(tmp_path):
+    recipe = yaml.safe_load(RECIPE.read_text("utf-8"))
+    for section, setting, message in [
+        ("model", {"cache_reference": True}, "rounds keep each round's reference values"),
+        ("optim", {"num_steps": 5}, "rounds.num_rounds and rounds.num_epochs decide"),
+        ("optim", {"num_epochs": 2.0}, "rounds.num_rounds and rounds.num_epochs decide"),
+        ("data", {"keep": ["margin"]}, "data.keep=margin: rounds take labels from the judge"),
+    ]:
+        assert message in refusal(tmp_path, **{section: recipe[section] | setting})
