@@ -137,7 +137,7 @@ def _check_settings(config: OnlineConfig) -> None:
         raise ValueError("model.cache_reference: rounds keep each round's reference values by themselves")
     if config.optim.num_steps is not None or config.optim.num_epochs != 1:
         raise ValueError(
-            "optim.num_steps and optim.num_epochs: rounds.num_rounds and rounds.num_epochs decide on the length"
+            "optim.num_steps, optim.num_epochs: rounds.num_rounds and rounds.num_epochs decide on the length"
         )
     if config.data.keep:
         raise ValueError(
