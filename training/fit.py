@@ -143,9 +143,9 @@ class Session:
         before, self.learner.step = self.learner.step, max(until, self.learner.step)
         return before == self.learner.step or self._record(before, None)
 
-    def write(self, split: str, values: Mapping[str, float]) -> None:
-        """One event at the present step."""
-        _write(self._log, self.accelerator, self.learner.step, split, values)
+    def write(self, split: str, values: Mapping[str, float], *, step: int | None = None) -> None:
+        """One event, at the present step unless another is given."""
+        _write(self._log, self.accelerator, self.learner.step if step is None else step, split, values)
 
     def close(self) -> None:
         """End the bar and the log."""

@@ -136,7 +136,9 @@ def _one_round(rounds: Rounds, session: Session, state: RoundState, spot: Spot) 
     if state.groups is None:
         begin_round(stage, state, live, spot)
         state.groups = [_judged(rounds, stage, part, live, session) for part in stage.parts]
-        session.write("train", _describe(state.groups[0], live) | dict(rounds.observe(state.groups[0])))
+        # Of the round's first step: a run killed before its checkpoint draws again, and so writes this again.
+        values = _describe(state.groups[0], live) | dict(rounds.observe(state.groups[0]))
+        session.write("train", values, step=learner.step + 1)
     groups = [state.groups[0] + [g for old in state.past for g in old], *state.groups[1:]]
     seed = key("rounds", live.seed, spot.stage, spot.round)
     task = _tasks(stage, groups, live, session, state, seed)

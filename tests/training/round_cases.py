@@ -80,11 +80,13 @@ def optim(**settings):
     return OptimConfig(**(values | settings))
 
 
-def hooks(*, stop_after=None, reports=None, evaluate=None):
+def hooks(*, stop_after=None, stop_raises=None, reports=None, evaluate=None):
     calls = [0]
 
     def stop():
         calls[0] += 1
+        if stop_raises is not None:
+            raise stop_raises
         return stop_after is not None and calls[0] >= stop_after
 
     return Hooks(

@@ -120,6 +120,21 @@ def test_a_run_stopped_after_every_step_goes_on_to_the_same_weights(uninterrupte
     assert all(torch.equal(a, b) for a, b in zip(expected, weights(model), strict=True))
 
 
+@pytest.mark.parametrize("steps", [3, 6])
+def test_a_run_killed_after_a_draw_draws_again_and_logs_each_round_once(uninterrupted, steps, tmp_path):
+    expected, _, _, lines = uninterrupted
+    run(tmp_path, moving_stages(), stop_after=steps)
+
+    class Killed(Exception):
+        pass
+
+    with pytest.raises(Killed):
+        run(tmp_path, moving_stages(), stop_raises=Killed)
+    model, *_ = run(tmp_path, moving_stages())
+    assert all(torch.equal(a, b) for a, b in zip(expected, weights(model), strict=True))
+    assert [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == lines
+
+
 def test_the_average_is_the_mean_of_the_policies_at_the_ends_of_rounds(tmp_path):
     ends = []
 
@@ -302,7 +317,7 @@ def test_metrics_say_how_a_round_went(tmp_path):
     run(tmp_path, [stage(terms("dpo", beta=0.1), judge=Remembering(), num_rounds=2)])
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rounds = [line for line in lines if "reward" in line]
-    assert [line["step"] for line in rounds] == [0, 2]
+    assert [line["step"] for line in rounds] == [1, 3]
     assert rounds[0]["round/groups"] == 6
     assert rounds[0]["reward_best"] >= rounds[0]["reward"]
     assert rounds[0]["kl"] == pytest.approx(0.0, abs=1e-6)
