@@ -172,12 +172,10 @@ def _draw(rows: Sequence[dict[str, Any]], figure: Figure) -> None:
     base = torch.tensor([row["base"] for row in rows]).mean().item()
     name, best = best_of(rows[0])
     right.axhline(base, color=MUTED, linewidth=1.2, linestyle=(0, (4, 3)))
-    right.text(len(rows) - 0.45, base, "untrained", color=MUTED, va="bottom", ha="right", fontsize=9)
+    right.text(-0.45, base, "untrained", color=MUTED, va="bottom", fontsize=9)
     right.axhspan(best.low, best.high, color=MUTED, alpha=0.15, linewidth=0)
     right.axhline(best.mean, color=MUTED, linewidth=1.2)
-    right.text(
-        len(rows) - 0.45, best.mean, f"{name}, untrained", color=MUTED, va="bottom", ha="right", fontsize=9
-    )
+    right.text(-0.45, best.mean, f"{name}, untrained", color=MUTED, va="bottom", fontsize=9)
     for i, row in enumerate(rows):
         e = row["results"]["reward, aligned"]
         right.errorbar(
