@@ -64,7 +64,7 @@ def check_run_folder(out):
     assert versions["torch"] == importlib.metadata.version("torch")
     assert len(losses(out)) == NUM_STEPS
     rounds = [e for e in events(out) if "round/groups" in e]
-    assert [e["step"] for e in rounds] == [0, 2, 4]
+    assert [e["step"] for e in rounds] == [1, 3, 5]
     assert all(e["round/groups"] == 4 for e in rounds)
     assert all(e["reward_best"] >= e["reward"] > 0 for e in rounds)
     assert {"reward", "reward_low", "reward_high", "kl", "length"} <= set(events(out, "eval")[-1])
