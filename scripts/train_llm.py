@@ -9,13 +9,7 @@ configuration, metrics.jsonl, checkpoints, quarantine.jsonl, samples, the export
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from triptych.modalities.llm.outcome import finish, sample_base
 from triptych.modalities.llm.setup import TextConfig, fill_references, set_up
@@ -31,30 +25,19 @@ from triptych.scripts.common import (
     save_config,
     versions,
 )
+from triptych.scripts.workplace import open_workplace
 from triptych.training.config import flat
 from triptych.training.evaluation import evaluate, identity_of, summary
 from triptych.training.fit import Hooks, fit
-from triptych.training.logs import Progress
 from triptych.training.loop import make_learner
-from triptych.training.quarantine import Quarantine
 
 
 def run(config: TextConfig) -> int:
     """Train, evaluate, export and report; returns the exit code."""
     stop = StopSignal()
     terms = config.objective.terms()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.optim.precision == "bf16" else "no",
-        log_with=list[Any](config.run.trackers) or None,
-    )
-    set_seed(config.run.seed)
-    main, folder = accelerator.is_main_process, Path(config.run.output_dir)
-
-    def report(line: str) -> None:
-        if main:
-            print(line, file=sys.stderr)
-
-    quarantine = Quarantine(folder / "quarantine.jsonl" if main else None)
+    place = open_workplace(config.optim, config.run)
+    accelerator, folder, report, quarantine = place.accelerator, place.folder, place.report, place.quarantine
     with accelerator.local_main_process_first():
         text = set_up(
             config,
@@ -64,18 +47,11 @@ def run(config: TextConfig) -> int:
             quarantine=quarantine,
             report=report,
         )
-    # Beside checkpoints stands the configuration they were made with, until `fit` has accepted this one.
-    if main and not any((folder / "checkpoints").glob("step-*")):
-        save_config(config, folder)
+    place.keep_first_config(config)
 
-    def bar(label: str, total: int) -> Progress:
-        return progress(label, enabled=main)(total, 0)
-
-    fill_references(text, config, accelerator, report=report, bar=bar)
-    samples = sample_base(text, config, folder, report=report, bar=bar) if main else None
-    if config.run.trackers:
-        settings = {name: str(value) for name, value in flat(as_dict(config)).items()}
-        accelerator.init_trackers("triptych", config=settings)
+    fill_references(text, config, accelerator, report=report, bar=place.bar)
+    samples = sample_base(text, config, folder, report=report, bar=place.bar) if place.main else None
+    place.start_trackers(config)
     learner = make_learner(text.policy, config.optim, accelerator)
 
     def held_out(policy):
@@ -95,10 +71,10 @@ def run(config: TextConfig) -> int:
         evaluate=held_out if text.eval_task else None,
         stop=stop,
         report=report,
-        progress=progress("train", enabled=main),
+        progress=progress("train", enabled=place.main),
     )
     outcome = fit(text.task, learner, config.optim, config.run, accelerator, identity=identity, hooks=hooks)
-    if main:
+    if place.main:
         save_config(config, folder)
     if not outcome.finished:
         accelerator.end_training()
@@ -115,7 +91,7 @@ def run(config: TextConfig) -> int:
         command=command_line(),
         versions=versions(),
         report=report,
-        bar=bar,
+        bar=place.bar,
     )
     accelerator.end_training()
     return 0

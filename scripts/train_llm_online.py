@@ -11,14 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from triptych.modalities.llm.online import OnlineConfig, set_up_online, stages_of
 from triptych.modalities.llm.online_outcome import HeldOut, base_answers, finish_online
@@ -34,12 +28,11 @@ from triptych.scripts.common import (
     save_config,
     versions,
 )
+from triptych.scripts.workplace import open_workplace
 from triptych.training.config import flat
 from triptych.training.evaluation import identity_of
 from triptych.training.fit import Hooks
-from triptych.training.logs import Progress
 from triptych.training.loop import make_learner
-from triptych.training.quarantine import Quarantine
 from triptych.training.rounds import run_rounds
 
 
@@ -47,21 +40,8 @@ def run(config: OnlineConfig) -> int:
     """Train, evaluate, export and report; returns the exit code."""
     stop = StopSignal()
     stages = stages_of(config)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.optim.precision == "bf16" else "no",
-        log_with=list[Any](config.run.trackers) or None,
-    )
-    set_seed(config.run.seed)
-    main, folder = accelerator.is_main_process, Path(config.run.output_dir)
-
-    def report(line: str) -> None:
-        if main:
-            print(line, file=sys.stderr)
-
-    def bar(label: str, total: int) -> Progress:
-        return progress(label, enabled=main)(total, 0)
-
-    quarantine = Quarantine(folder / "quarantine.jsonl" if main else None)
+    place = open_workplace(config.optim, config.run)
+    accelerator, folder, report, quarantine = place.accelerator, place.folder, place.report, place.quarantine
     with accelerator.local_main_process_first():
         online = set_up_online(
             config,
@@ -71,22 +51,19 @@ def run(config: OnlineConfig) -> int:
             quarantine=quarantine,
             report=report,
         )
-    if main and not any((folder / "checkpoints").glob("step-*")):
-        save_config(config, folder)
+    place.keep_first_config(config)
     held_out = HeldOut(online, config, device=accelerator.device) if config.evaluation.num_prompts else None
     base = None
-    if main and held_out is not None:
+    if place.main and held_out is not None:
         identity = _identity(config, online.base_hash, online.data.fingerprint)
         base = base_answers(held_out, folder, identity=identity, report=report)
-    if config.run.trackers:
-        settings = {name: str(value) for name, value in flat(as_dict(config)).items()}
-        accelerator.init_trackers("triptych", config=settings)
+    place.start_trackers(config)
     learner = make_learner(online.policy, config.optim, accelerator)
     hooks = Hooks(
         evaluate=None if held_out is None else held_out.metrics,
         stop=stop,
         report=report,
-        progress=progress("rounds", enabled=main),
+        progress=progress("rounds", enabled=place.main),
     )
     outcome, state = run_rounds(
         online.rounds,
@@ -102,13 +79,13 @@ def run(config: OnlineConfig) -> int:
         ),
         hooks=hooks,
     )
-    if main:
+    if place.main:
         save_config(config, folder)
     if not outcome.finished:
         accelerator.end_training()
         report(f"stopped at step {outcome.step} of {outcome.num_steps}; the same command continues")
         return 128 + stop.number
-    if main:
+    if place.main:
         finish_online(
             held_out,
             online,
@@ -120,7 +97,6 @@ def run(config: OnlineConfig) -> int:
             command=command_line(),
             versions=versions(),
             report=report,
-            bar=bar,
         )
     accelerator.end_training()
     return 0

@@ -8,16 +8,12 @@ configuration, metrics.jsonl, checkpoints, quarantine.jsonl, results.json, the e
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import set_seed
 
 from triptych.modalities.llm.data import DataConfig
 from triptych.modalities.llm.ratings import RatingsConfig, open_rows
@@ -38,6 +34,7 @@ from triptych.scripts.common import (
     save_config,
     versions,
 )
+from triptych.scripts.workplace import open_workplace
 from triptych.training.config import ObjectiveConfig, OptimConfig, RunConfig, flat
 from triptych.training.evaluation import evaluate, identity_of, summary
 from triptych.training.feature_data import FeatureConfig
@@ -105,26 +102,12 @@ class Config:
 def run(config: Config) -> int:
     """Train, evaluate, export and report; returns the exit code."""
     stop = StopSignal()
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.optim.precision == "bf16" else "no",
-        log_with=list[Any](config.run.trackers) or None,
-    )
-    set_seed(config.run.seed)
-    main, folder = accelerator.is_main_process, Path(config.run.output_dir)
-
-    def report(line: str) -> None:
-        if main:
-            print(line, file=sys.stderr)
-
-    quarantine = Quarantine(folder / "quarantine.jsonl" if main else None)
+    place = open_workplace(config.optim, config.run)
+    accelerator, folder, report, quarantine = place.accelerator, place.folder, place.report, place.quarantine
     with accelerator.local_main_process_first():
         reward = set_up(config, device=accelerator.device, quarantine=quarantine, report=report)
-    # Beside checkpoints stands the configuration they were made with, until `fit` has accepted this one.
-    if main and not any((folder / "checkpoints").glob("step-*")):
-        save_config(config, folder)
-    if config.run.trackers:
-        settings = {name: str(value) for name, value in flat(as_dict(config)).items()}
-        accelerator.init_trackers("triptych", config=settings)
+    place.keep_first_config(config)
+    place.start_trackers(config)
     learner = make_learner(reward.policy, config.optim, accelerator)
 
     def held_out(policy: torch.nn.Module) -> dict[str, float]:
@@ -144,10 +127,10 @@ def run(config: Config) -> int:
         evaluate=held_out if reward.eval_task else None,
         stop=stop,
         report=report,
-        progress=progress("train", enabled=main),
+        progress=progress("train", enabled=place.main),
     )
     outcome = fit(reward.task, learner, config.optim, config.run, accelerator, identity=identity, hooks=hooks)
-    if main:
+    if place.main:
         save_config(config, folder)
     if outcome.finished:
         sources = [g.source for g in (config.data, config.ratings, config.features) if g is not None]

@@ -7,12 +7,14 @@ what a crash left.
 
 import errno
 import hashlib
+import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _HIDDEN = re.compile(r"\.(?P<kind>tmp|aside|trash)-(?P<name>.+)-\d+-\d+")
@@ -136,3 +138,11 @@ def _hidden(final: Path, kind: str) -> Path:
     """Return a free sibling name; a counter, as process ids come back after a crash in a container."""
     names = (final.parent / f".{kind}-{final.name}-{os.getpid()}-{number}" for number in count())
     return next(path for path in names if not os.path.lexists(path))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file of JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
+    temporary.replace(path)

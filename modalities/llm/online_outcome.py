@@ -17,10 +17,10 @@ from triptych.modalities.llm.plugs import JUDGES
 from triptych.modalities.llm.sampling import Drawing
 from triptych.modalities.llm.sampling_groups import completion_group, draw_for, drawn_group
 from triptych.modalities.llm.turn_judges import PerTurn, TurnGap
+from triptych.training.atomic import write_json
 from triptych.training.card import write_card
 from triptych.training.groups import Group
 from triptych.training.judging import build_judge
-from triptych.training.logs import Progress
 from triptych.training.order import key, longest_first
 from triptych.training.quarantine import Quarantine
 from triptych.training.references import unchanged
@@ -247,7 +247,6 @@ def finish_online(
     command: str,
     versions: Mapping[str, str],
     report: Callable[[str], None],
-    bar: Callable[[str, int], Progress],
 ) -> None:
     """Judge the aligned model, export it with its card (and the average policy), and write report.html."""
     folder = Path(config.run.output_dir)
@@ -313,11 +312,3 @@ def _export_average(run: OnlineRun, average: Mapping[str, Tensor], folder: Path)
     export(run.policy.model, run.tokenizer, folder)
     for name, value in now.items():
         named[name].copy_(value)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file of JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
-    temporary.replace(path)

@@ -20,6 +20,7 @@ from triptych.modalities.llm.records import Record
 from triptych.modalities.llm.rewards import Measure, sentiment_classifier, vader
 from triptych.modalities.llm.rollout import Sampling, generate
 from triptych.modalities.llm.setup import SampleConfig, TextConfig, TextRun
+from triptych.training.atomic import write_json
 from triptych.training.card import write_card
 from triptych.training.evaluation import estimate, evaluate
 from triptych.training.logs import Progress
@@ -61,7 +62,7 @@ def sample_base(
             return Samples(tuple(saved["prompts"]), tuple(saved["clusters"]), saved["completions"])
     report(f"sampling the base model on {config.sample.num_prompts} held-out prompts")
     samples = _sample(text, config, bar)
-    _write_json(path, {"identity": wanted} | asdict(samples))
+    write_json(path, {"identity": wanted} | asdict(samples))
     return samples
 
 
@@ -105,7 +106,7 @@ def finish(
     pairs: list[SamplePair] = []
     results: dict[str, Estimate] = held_out[1] if held_out else {}
     if base_samples is not None and aligned is not None:
-        _write_json(folder / "samples" / "aligned.json", asdict(aligned))
+        write_json(folder / "samples" / "aligned.json", asdict(aligned))
         measures = _measures(text, config.sample, report)
         table, found, pairs = _judge(base_samples, aligned, measures, config.run.seed)
         judged, results = ([table] if table else []), results | found
@@ -123,7 +124,7 @@ def finish(
         versions=versions,
         config=settings,
     )
-    _write_json(folder / "results.json", {n: asdict(e) for n, e in results.items()})
+    write_json(folder / "results.json", {n: asdict(e) for n, e in results.items()})
     path = write_report(
         folder,
         title=f"{config.objective.name} on {config.data.source}",
@@ -286,10 +287,3 @@ def _opening(record: Record, which: int, num_words: int) -> str:
 def _identity(text: TextRun, config: TextConfig) -> str:
     facts = [asdict(config.sample), config.run.seed, text.base_hash, text.data.fingerprint]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False, default=str) + "\n", "utf-8")
-    temporary.replace(path)
