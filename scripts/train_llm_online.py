@@ -104,7 +104,8 @@ def run(config: OnlineConfig) -> int:
 
 def _identity(config: OnlineConfig, base_hash: str, fingerprint: str) -> str:
     facts = [asdict(config.evaluation), asdict(config.data), config.run.seed, base_hash, fingerprint]
-    facts.append(as_dict(config)["judge"])
+    # The judge is the last stage's, which may have one of its own.
+    facts += [as_dict(config)["judge"], as_dict(config)["stages"]]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from test_train_llm import environment, free_port
 from transformers import AutoModelForCausalLM
 
+from triptych.modalities.llm.online import OnlineConfig
 from triptych.scripts import train_llm_online
+from triptych.scripts.common import parse
 from triptych.training.logs import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -295,3 +297,16 @@ def test_another_setting_is_refused_on_resuming_and_named(material, tmp_path, ca
     capsys.readouterr()
     line = refusal(arguments(material, out, optim__lr=0.5), capsys)
     assert "optim.lr: 0.01 in the checkpoint, 0.5 now" in line
+
+
+def test_kept_base_answers_belong_to_the_judge_of_the_last_stage():
+    recipe = str(ROOT / "scripts" / "recipes" / "llm" / "online" / "online_dpo.yaml")
+    judged = [
+        parse(OnlineConfig, ["--config", recipe, *more], prog="train_llm_online", doc="A test.")
+        for more in (
+            (),
+            ("--stages", "[{name: last, judge: {name: num_words}}]"),
+            ("--stages", "[{name: last, judge: {name: vader}}]"),
+        )
+    ]
+    assert len({train_llm_online._identity(config, "base", "data") for config in judged}) == 3
