@@ -23,7 +23,7 @@ from triptych.objectives.metrics import input_metrics
 from triptych.training.config import OptimConfig, learning_rate
 from triptych.training.meters import Meter
 from triptych.training.order import Draw, key, micro_batches, window
-from triptych.training.references import Batch, Likelihood, Reference
+from triptych.training.references import Batch, Cached, Comparable, Likelihood, Reference
 
 
 class NonFiniteError(RuntimeError):
@@ -106,13 +106,26 @@ def referenced(
 ) -> dict[str, Input]:
     """The batch's input once for every reference slot in use, and 'none' for the one without.
 
-    The policy is computed once and each slot once, from one draw of randomness.
+    The policy is computed once and each slot once, from one draw of randomness. References go first, while
+    no activations of the policy are kept. A likelihood that can compare (`Comparable`) computes the policy
+    and one live reference together.
     """
-    plain = task.likelihood(policy, batch, _again(generator))
+    likelihood, slots = task.likelihood, task.terms.slots()
+    live = [s for s in slots if not isinstance(task.references[s], Cached)]
+    compared = live[0] if len(live) == 1 and isinstance(likelihood, Comparable) else None
+    theirs = {
+        s: task.references[s](likelihood, policy, batch, _again(generator)) for s in slots if s != compared
+    }
+    if compared is not None and isinstance(likelihood, Comparable):
+        with task.references[compared].active(policy) as module:
+            said = likelihood.predict(module, batch)
+        terms, theirs[compared] = likelihood.beside(policy, said, batch)
+        plain = task.likelihood.assemble(terms, batch)
+    else:
+        plain = task.likelihood(policy, batch, _again(generator))
     inputs: dict[str, Input] = {"none": plain}
-    for slot in task.terms.slots():
-        terms = task.references[slot](task.likelihood, policy, batch, _again(generator))
-        inputs[slot] = with_reference(plain, task.likelihood.assemble(terms, batch))
+    for slot in slots:
+        inputs[slot] = with_reference(plain, likelihood.assemble(theirs[slot], batch))
     return inputs
 
 

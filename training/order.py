@@ -29,11 +29,15 @@ def permutation(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One sample as one step sees it: its index, its epoch and the key of its randomness."""
+    """One sample as one step sees it: its index, its epoch and the key of its randomness.
+
+    place: where it stands in the stream of all samples that a run sees; -1 outside of a run.
+    """
 
     index: int
     epoch: int
     seed: int
+    place: int = -1
 
 
 def window(*, seed: int, step: int, num_samples: int, batch_size: int) -> list[Draw]:
@@ -46,7 +50,7 @@ def window(*, seed: int, step: int, num_samples: int, batch_size: int) -> list[D
     for place in range(step * batch_size, (step + 1) * batch_size):
         epoch, offset = divmod(place, num_samples)
         index = int(permutation(seed, epoch, num_samples)[offset])
-        draws.append(Draw(index, epoch, key("sample", seed, epoch, index)))
+        draws.append(Draw(index, epoch, key("sample", seed, epoch, index), place))
     return draws
 
 

@@ -13,7 +13,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +63,19 @@ class Likelihood(HasTerms, Protocol):
 
     def assemble(self, terms: Tensor, batch: Any) -> Input:
         """The objective's input from per-term values."""
+        ...
+
+
+@runtime_checkable
+class Comparable(Protocol):
+    """A likelihood that knows the difference of two models' terms better than the terms themselves."""
+
+    def predict(self, policy: Any, batch: Any) -> Any:
+        """What a model says of the batch, from which `beside` makes its terms."""
+        ...
+
+    def beside(self, policy: Any, reference: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        """Terms of the policy and of the reference that said `reference`, [C, U] each."""
         ...
 
 
