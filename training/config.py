@@ -45,7 +45,8 @@ class OptimConfig:
 
     batch_size: samples of one optimizer step over all ranks; micro_batch_size: samples of one forward pass
     on one rank. warmup: share of the steps with rising learning rate. num_steps, if given, replaces
-    num_epochs. precision 'bf16' runs the forward pass in bfloat16 autocast.
+    num_epochs. precision 'bf16' runs the forward pass in bfloat16 autocast. average: decay of an exponential
+    moving average of the trained weights, which is then evaluated and exported in their place (0: none).
     """
 
     lr: float
@@ -63,6 +64,7 @@ class OptimConfig:
     precision: Literal["float32", "bf16"] = "float32"
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_skips: int = 3
+    average: float = 0.0
 
     def __post_init__(self) -> None:
         positive = {
@@ -79,6 +81,8 @@ class OptimConfig:
             raise ValueError(f"optim.num_epochs={self.num_epochs} must be positive and finite")
         if not 0 <= self.min_lr_ratio <= 1:
             raise ValueError(f"optim.min_lr_ratio={self.min_lr_ratio} is a share of lr and must be in [0, 1]")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"optim.average={self.average} is a decay and must be in [0, 1); 0 is none")
         for name in ("weight_decay", "max_skips"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"optim.{name}={getattr(self, name)} must be 0 or positive")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from triptych.training.logs import MetricsLog, Progress
 from triptych.training.loop import Learner, Task, train_step
 from triptych.training.meters import Meter
 from triptych.training.order import num_steps_of
-from triptych.training.references import trained
+from triptych.training.references import Snapshot, trained
 from triptych.training.sharding import laid_out_like, whole
 
 
@@ -202,23 +202,50 @@ def fit(
 
     identity: settings and hashes that a checkpoint must share (data, seed, batch, base model). Killed at any
     moment and started again, the run ends with bitwise the same weights and losses (same device and ranks).
+    With config.average the policy ends with the averaged weights, which every held-out metric is of; the
+    checkpoints keep both.
     Raises CheckpointError when the checkpoint belongs to other settings, NonFiniteError as `train_step` does.
     """
+    average = Snapshot.of(learner.policy) if config.average else None
     session = Session(
         learner=learner,
         config=config,
         run=run,
         accelerator=accelerator,
         identity=identity,
-        hooks=hooks,
+        hooks=hooks if average is None else replace(hooks, evaluate=_under(average, hooks.evaluate)),
         num_steps=planned_steps(config, len(task.examples)),
     )
+    if average is not None:
+        session.extra = lambda: ({"average": average.values}, {})
+        session.after_step = lambda: average.follow(learner.policy, _decay(config.average, learner.step))
     try:
-        session.start()
-        session.advance(task, session.num_steps, seed=run.seed)
+        found = session.start()
+        if found is not None and average is not None:
+            average.load(learner.policy, found.tensors["average"])
+        if session.advance(task, session.num_steps, seed=run.seed) and average is not None:
+            average.put(learner.policy)
     finally:
         session.close()
     return Outcome(step=learner.step, num_steps=session.num_steps, skipped=tuple(learner.skipped))
+
+
+def _decay(decay: float, step: int) -> float:
+    """Decay of the average after `step` steps: a shorter memory while there is little to remember."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def _under(
+    average: Snapshot, evaluate: Callable[[nn.Module], Mapping[str, float]] | None
+) -> Callable[[nn.Module], Mapping[str, float]] | None:
+    if evaluate is None:
+        return None
+
+    def held_out(policy: nn.Module) -> Mapping[str, float]:
+        with average.active(policy) as module:
+            return evaluate(module)
+
+    return held_out
 
 
 def save_learner(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from triptych.objectives import Input
+from triptych.training.sharding import laid_out_like
 from triptych.training.values import ValueStore
 
 
@@ -190,6 +191,18 @@ class Snapshot:
     def take(self, policy: nn.Module) -> None:
         """Become the policy as it is now."""
         self.follow(policy, 0.0)
+
+    @torch.no_grad()
+    def put(self, policy: nn.Module) -> None:
+        """Give the policy the snapshot's weights for good."""
+        for name, parameter in trained(policy).items():
+            parameter.copy_(self.values[name])
+
+    @torch.no_grad()
+    def load(self, policy: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """Take saved values, laid out as the policy's weights are."""
+        for name, parameter in trained(policy).items():
+            self.values[name].copy_(laid_out_like(values[name], parameter))
 
     @torch.no_grad()
     def follow(self, policy: nn.Module, decay: float) -> None:

@@ -88,6 +88,8 @@ def run_rounds(
     """
     if any(hasattr(p, "device_mesh") for p in learner.policy.parameters()):
         raise ValueError("rounds draw from the whole policy on every process: use DDP, not FSDP")
+    if config.average:
+        raise ValueError("rounds keep no average of the weights for export: set optim.average=0")
     spots = plan(rounds.stages, config)
     slots = frozenset[str]().union(*(slots_of(s) for s in rounds.stages)) - {"frozen", "none"}
     if odd := slots - set(MOVING):

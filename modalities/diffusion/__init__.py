@@ -1,1 +1,1 @@
-"""Diffusion models: ELBO and per-step likelihoods of images. Not furnished yet."""
+"""Diffusion models: ELBO and per-step likelihoods of images."""
