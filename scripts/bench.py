@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,8 +24,8 @@ from typing import Any
 
 from triptych.modalities.llm.kernels import Impl
 from triptych.scripts.common import cache_dir, quiet_libraries, versions
+from triptych.scripts.measuring import STEPS, as_child, measure, peak, run_child, say, start_of_peak
 
-STEPS = 4
 DPO_CASES = {"2 pairs, prompt 256": (2, 256), "1 pair, prompt 1000": (1, 1000)}
 COMPLETION = (64, 48)
 
@@ -40,7 +38,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(CHILDREN[json.loads(options.child)["what"]](**json.loads(options.child)["with"])))
+        as_child(options.child, CHILDREN)
         return 0
     quiet_libraries()
     results: dict[str, Any] = {"versions": versions(), "device": f"CPU, 1 thread of {os.cpu_count()}"}
@@ -59,12 +57,12 @@ def _dpo_step(model: str) -> list[dict[str, Any]]:
     rows = []
     for label, (num_pairs, prompt) in DPO_CASES.items():
         shape = {"model": model, "num_pairs": num_pairs, "prompt": prompt}
-        theirs, ours = (_run_child(f"dpo_{who}", **shape) for who in ("trl", "triptych"))
+        theirs, ours = (run_child(__file__, f"dpo_{who}", **shape) for who in ("trl", "triptych"))
         gap = max(abs(a - b) for a, b in zip(theirs["losses"], ours["losses"], strict=True))
         if gap > 5e-5:
             raise SystemExit(f"losses differ by {gap:.2g}: {theirs['losses']} and {ours['losses']}")
         rows.append({"case": label, "trl": theirs, "triptych": ours})
-        _say(
+        say(
             f"DPO step, {label}",
             trl=f"{theirs['seconds']:.2f} s, {theirs['megabytes']:.0f} MiB",
             triptych=f"{ours['seconds']:.2f} s, {ours['megabytes']:.0f} MiB",
@@ -76,8 +74,10 @@ def _dpo_step(model: str) -> list[dict[str, Any]]:
 
 
 def _list_row(model: str) -> dict[str, Any]:
-    one, pairs = (_run_child("lists", model=model, as_pairs=flag, prompt=256) for flag in (False, True))
-    _say(
+    one, pairs = (
+        run_child(__file__, "lists", model=model, as_pairs=flag, prompt=256) for flag in (False, True)
+    )
+    say(
         "List of 4, prompt 256, 48 to 64 tokens each",
         one_row=f"{one['seconds']:.2f} s",
         six_pairs=f"{pairs['seconds']:.2f} s",
@@ -90,11 +90,11 @@ def _sharing(model: str) -> list[dict[str, Any]]:
     rows = []
     for prompt in (8, 32, 64, 128, 256, 512, 1000):
         auto, never = (
-            _run_child("dpo_triptych", model=model, num_pairs=2, prompt=prompt, sharing=s)
+            run_child(__file__, "dpo_triptych", model=model, num_pairs=2, prompt=prompt, sharing=s)
             for s in ("auto", "never")
         )
         rows.append({"prompt": prompt, "auto": auto, "never": never})
-        _say(f"prompt {prompt}", separate_over_auto=f"{never['seconds'] / auto['seconds']:.2f}x")
+        say(f"prompt {prompt}", separate_over_auto=f"{never['seconds'] / auto['seconds']:.2f}x")
     return rows
 
 
@@ -108,42 +108,21 @@ def _head(model: str) -> list[dict[str, Any]]:
                 "positions": positions,
                 "trainable": trainable,
             }
-            naive, chunked = (_run_child("head", impl=impl, **shape) for impl in ("reference", "chunked"))
+            naive, chunked = (
+                run_child(__file__, "head", impl=impl, **shape) for impl in ("reference", "chunked")
+            )
             gap = abs(naive["losses"][0] - chunked["losses"][0])
             if gap > 1e-4 * abs(naive["losses"][0]):
                 raise SystemExit(f"the heads' sums differ by {gap:.2g}")
             rows.append(shape | {"naive": naive, "chunked": chunked})
             kind = "trainable" if trainable else "frozen"
-            _say(
+            say(
                 f"head, V {vocabulary}, H {hidden}, N {positions}, {kind}",
                 naive=f"{naive['seconds']:.3f} s, {naive['megabytes']:.0f} MiB",
                 chunked=f"{chunked['seconds']:.3f} s, {chunked['megabytes']:.0f} MiB",
                 time=f"{naive['seconds'] / chunked['seconds']:.2f}x less",
             )
     return rows
-
-
-def _run_child(what: str, **arguments: Any) -> dict[str, Any]:
-    payload = json.dumps({"what": what, "with": arguments})
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, "--child", payload],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    if done.returncode:
-        raise SystemExit(f"{what} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def _say(title: str, **values: str) -> None:
-    print(f"{title}: " + "; ".join(f"{k.replace('_', ' ')} {v}" for k, v in values.items()), flush=True)
 
 
 def _make_model(folder: Path) -> str:
@@ -186,37 +165,14 @@ def _texts(num_pairs: int, prompt: int, num_candidates: int = 2) -> list[dict[st
 
 
 def _measure(make_step: Callable[[], Callable[[], float]]) -> dict[str, Any]:
-    """Losses, least CPU seconds of the steps after the first, and peak memory over the libraries' own."""
+    """`measure`, with the libraries' imports before it."""
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
     import peft  # noqa: F401
 
     from triptych.modalities.llm import outcome, setup  # noqa: F401
 
-    before = _start_of_peak()
-    step = make_step()
-    losses, seconds = [], []
-    for _ in range(STEPS):
-        start = time.process_time()
-        losses.append(step())
-        seconds.append(time.process_time() - start)
-    return {"losses": losses, "seconds": min(seconds[1:]), "megabytes": _peak() - before}
-
-
-def _start_of_peak() -> float:
-    """Memory now in MiB, and from here on `_peak` counts: the imports' own peak is forgotten (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak() -> float:
-    """Highest memory in MiB since `_start_of_peak`."""
-    return _status("VmHWM")
-
-
-def _status(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
+    return measure(make_step)
 
 
 def _child_triptych(model: str, num_pairs: int, prompt: int, sharing: str = "auto") -> dict[str, Any]:
@@ -327,7 +283,7 @@ def _child_trl(model: str, num_pairs: int, prompt: int) -> dict[str, Any]:
         {"prompt": c["prompt"], "chosen": c["candidates"][0], "rejected": c["candidates"][1]}
         for c in _texts(num_pairs, prompt)
     ]
-    before = _start_of_peak()
+    before = start_of_peak()
     policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(model)
     seconds: list[float] = []
@@ -370,7 +326,7 @@ def _child_trl(model: str, num_pairs: int, prompt: int) -> dict[str, Any]:
         callbacks=[Clock()],
     )  # fmt: skip
     trainer.train()
-    return {"losses": losses[:STEPS], "seconds": min(seconds[1:]), "megabytes": _peak() - before}
+    return {"losses": losses[:STEPS], "seconds": min(seconds[1:]), "megabytes": peak() - before}
 
 
 CHILDREN: dict[str, Callable[..., dict[str, Any]]] = {

@@ -174,6 +174,23 @@ class FrozenCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class Untrained:
+    """The policy as it is: before the first step its own reference, which needs no second model."""
+
+    def __call__(
+        self, likelihood: HasTerms, policy: nn.Module, batch: Any, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Terms under the policy."""
+        return _terms(self, likelihood, policy, batch, generator)
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The policy itself."""
+        with unchanged(policy), torch.no_grad():
+            yield unwrapped(policy)
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The policy's trained weights as they were at some time, swapped in for the call.
 

@@ -153,7 +153,8 @@ class _Sources(Sequence[str]):
 class DiffusionData:
     """Examples to learn from and to evaluate on, and the prompts that pictures are made of.
 
-    eval_clusters: prompt or person of each held-out example. shape: [Z, H, W] of the first one's latents.
+    eval_clusters: prompt or person of each held-out example. eval_prompts: held out, too, unless nothing is;
+    then they are the first ones learnt from. shape: [Z, H, W] of the first example's latents.
     """
 
     kind: Kind
@@ -202,6 +203,7 @@ def load_data(
         View(dataset, kind, records[held], picks[held], config.desirable), config.max_eval, seed
     )
     rows = [dataset.record(int(i)) for i in held_out.records]
+    shown = rows or [dataset.record(int(i)) for i in train.records[: config.max_eval]]
     clusters = tuple(str(_cluster(r, config.split_by)) for r in rows)
     first = train[0]
     report(
@@ -218,7 +220,7 @@ def load_data(
         train=train,
         held_out=held_out if len(held_out) else None,
         eval_clusters=clusters,
-        eval_prompts=tuple(dict.fromkeys(r["prompt"] for r in rows)),
+        eval_prompts=tuple(dict.fromkeys(r["prompt"] for r in shown)),
         empty=empty,
         shape=tuple(first.latents.shape[1:]),
         fingerprint=dataset.fingerprint,

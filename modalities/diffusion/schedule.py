@@ -126,10 +126,12 @@ class Schedule:
         return squared.sqrt(), (1 - squared).sqrt()
 
 
-def schedule_of(scheduler: Any, *, prediction: str = "auto") -> Schedule:
+def schedule_of(scheduler: Any, *, prediction: str = "auto", zero_terminal_snr: bool = False) -> Schedule:
     """The schedule of a diffusers scheduler.
 
-    prediction: 'auto' takes what the scheduler says. ValueError for one that is not offered.
+    prediction: 'auto' takes what the scheduler says. zero_terminal_snr: rescaled so that the last time is
+    pure noise (Lin et al. 2024, algorithm 1), as Diffusion-DPO does for SDXL-Turbo. ValueError for what is
+    not offered.
     """
     from diffusers import DDPMScheduler
 
@@ -146,9 +148,13 @@ def schedule_of(scheduler: Any, *, prediction: str = "auto") -> Schedule:
         )
     num_times = int(config.get("num_train_timesteps", 1000))
     if found == "flow":
+        if zero_terminal_snr:
+            raise ValueError("likelihood.zero_terminal_snr: a flow model ends in pure noise as it is")
         return Schedule("flow", num_times, None, float(config.get("shift", 1.0)))
     names = ("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr")
     betas = {name: config[name] for name in names if config.get(name) is not None}
+    if zero_terminal_snr:
+        betas["rescale_betas_zero_snr"] = True
     table = DDPMScheduler(num_train_timesteps=num_times, **betas).alphas_cumprod
     return Schedule(found, num_times, table.double())  # type: ignore[arg-type]
 
