@@ -1,13 +1,15 @@
 """One step of Diffusion-DPO here and as diffusers' script does it, and lists against pairs, side by side.
 
-    python scripts/bench_images.py                # about 2 minutes on one CPU core (Linux)
+    python scripts/bench_images.py                # about 4 minutes on one CPU core (Linux)
 
-step: the project's own small SDXL-class pipeline with a LoRA, one step of 8 pairs (forward and backward of
+step: the project's own small SDXL-class pipeline with a LoRA, one step of 16 pairs (forward and backward of
 the policy, reference, clipping, AdamW). 'diffusers' re-enacts the step of its train_diffusion_dpo_sdxl.py: at
 every step it encodes the images with the VAE and the prompts with both text encoders, and runs the reference
 by switching the adapter off. Here latents and prompts come from the offline step; the reference is live or a
 table. Times, noise and latents are the same (the posterior's mean), and the losses must agree before anything
-is compared. lists: 2 lists of 4 against the same lists as 12 pairs, the reference a table.
+is compared. What encoding costs depends on the model: the small pipeline is measured with its own VAE and
+with untrained ones that cost as much of a UNet forward as SDXL's (0.72) and SD 1.5's (1.40) do.
+lists: 4 lists of 4 against the same lists as 24 pairs, the reference a table.
 Each case is a process of its own with one thread: CPU seconds, least of the steps after the first, and peak
 memory over what the imported libraries take, models included.
 """
@@ -26,7 +28,10 @@ from triptych.scripts.common import quiet_libraries, versions
 from triptych.scripts.measuring import STEPS, as_child, measure, run_child, say
 
 ROOT = Path(__file__).resolve().parent.parent
-NUM_PAIRS = 8
+NUM_PAIRS = 16
+NUM_LISTS = 4
+# Channels of the autoencoder: its encoder's work over that of a forward of the UNet is 0.67 and 1.38.
+AUTOENCODERS = {"its own": None, "SDXL's share": (32, 64, 64), "SD 1.5's share": (48, 96, 80)}
 BETA = 5000.0
 LR = 1e-4
 
@@ -42,17 +47,21 @@ def main() -> int:
     if options.child:
         as_child(options.child, CHILDREN)
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        work = {"model": options.model, "folder": folder}
-        run_child(__file__, "prepare", **work)
-        results = {"step": _step(work), "lists": _lists(work)}
+    results: dict[str, Any] = {}
+    for name, channels in AUTOENCODERS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            run_child(__file__, "prepare", model=options.model, folder=folder, channels=channels)
+            work = {"model": f"{folder}/model", "folder": folder}
+            results[name] = {"step": _step(name, work)}
+            if channels is None:
+                results[name]["lists"] = _lists(work)
     report = {"versions": versions(), "device": f"CPU, 1 thread of {os.cpu_count()}", **results}
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "images.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     return 0
 
 
-def _step(work: dict[str, str]) -> dict[str, Any]:
+def _step(autoencoder: str, work: dict[str, str]) -> dict[str, Any]:
     theirs = run_child(__file__, "diffusers", **work)
     ours = {
         name: run_child(__file__, "triptych", cached=name == "cached", **work) for name in ("live", "cached")
@@ -64,7 +73,7 @@ def _step(work: dict[str, str]) -> dict[str, Any]:
                 f"losses of '{name}' differ by {gap:.2g}: {theirs['losses']} and {found['losses']}"
             )
         say(
-            f"DPO step, {NUM_PAIRS} pairs, reference {name}",
+            f"DPO step, {NUM_PAIRS} pairs, VAE: {autoencoder}, reference {name}",
             diffusers=f"{theirs['seconds']:.2f} s, {theirs['megabytes']:.0f} MiB",
             triptych=f"{found['seconds']:.2f} s, {found['megabytes']:.0f} MiB",
             time=f"{theirs['seconds'] / found['seconds']:.2f}x less",
@@ -77,21 +86,23 @@ def _step(work: dict[str, str]) -> dict[str, Any]:
 def _lists(work: dict[str, str]) -> dict[str, Any]:
     lists, pairs = (run_child(__file__, "lists", as_pairs=flag, **work) for flag in (False, True))
     say(
-        "2 lists of 4, 12 comparisons",
-        one_list=f"{lists['seconds']:.2f} s, {lists['megabytes']:.0f} MiB",
-        its_pairs=f"{pairs['seconds']:.2f} s, {pairs['megabytes']:.0f} MiB",
+        f"{NUM_LISTS} lists of 4, {6 * NUM_LISTS} comparisons",
+        lists=f"{lists['seconds']:.2f} s, {lists['megabytes']:.0f} MiB",
+        as_pairs=f"{pairs['seconds']:.2f} s, {pairs['megabytes']:.0f} MiB",
         time_a_comparison=f"{pairs['seconds'] / lists['seconds']:.2f}x less",
     )
     return {"lists": lists, "pairs": pairs}
 
 
-def _prepare(model: str, folder: str) -> dict[str, Any]:
+def _prepare(model: str, folder: str, channels: tuple[int, ...] | None) -> dict[str, Any]:
     """Pictures of noise with prompts, as PNG files, and their encoded form: lists of 4, and pairs."""
     import numpy as np
     from PIL import Image
 
     from triptych.scripts.encode_images import main as encode
 
+    _make_pipeline(model, Path(folder) / "model", channels)
+    model = f"{folder}/model"
     rng = np.random.default_rng(0)
     images = Path(folder) / "images"
     images.mkdir()
@@ -114,6 +125,29 @@ def _prepare(model: str, folder: str) -> dict[str, Any]:
         if code:
             raise SystemExit(code)
     return {}
+
+
+def _make_pipeline(model: str, folder: Path, channels: tuple[int, ...] | None) -> None:
+    """The pipeline with an untrained autoencoder of these channels in the place of its own."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    from triptych.modalities.diffusion.model import ModelConfig, load_pipeline, locate
+
+    config = ModelConfig(name_or_path=model)
+    pipeline = load_pipeline(locate(config, root=ROOT), config)
+    if channels is not None:
+        torch.manual_seed(0)
+        blocks = len(channels)
+        pipeline.vae = AutoencoderKL(
+            block_out_channels=channels,  # type: ignore[arg-type]
+            down_block_types=("DownEncoderBlock2D",) * blocks,  # type: ignore[arg-type]
+            up_block_types=("UpDecoderBlock2D",) * blocks,  # type: ignore[arg-type]
+            latent_channels=pipeline.vae.config.latent_channels,
+            norm_num_groups=16,
+            scaling_factor=1.0,
+        )
+    pipeline.save_pretrained(folder)
 
 
 def _config(model: str, data: str, objective: str, options: dict[str, Any], batch: int, **more: Any) -> Any:
@@ -182,7 +216,8 @@ def _triptych(model: str, folder: str, cached: bool) -> dict[str, Any]:
 def _list_case(model: str, folder: str, as_pairs: bool) -> dict[str, Any]:
     name, options = ("dpo", {"beta": BETA}) if as_pairs else ("plackett_luce", {"beta": BETA})
     form = "pairs" if as_pairs else "lists"
-    config = _config(model, f"{folder}/lists", name, options, 12 if as_pairs else 2, form=form)
+    size = (6 if as_pairs else 1) * NUM_LISTS
+    config = _config(model, f"{folder}/lists", name, options, size, form=form, max_train=size)
     _set_up(config, folder)
     return measure(lambda: _our_step(config, folder))
 

@@ -1,4 +1,4 @@
-"""How benchmarks measure: each case a process of its own with one thread, CPU seconds, peak memory (Linux)."""
+"""How benchmarks measure: each case a process of its own with one thread, in CPU seconds and peak memory."""
 
 from __future__ import annotations
 

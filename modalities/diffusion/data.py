@@ -190,6 +190,7 @@ def load_data(
         if number:
             report(f"data: {number} {reason}")
     held = _held_out(config, dataset, seed)[records]
+    _check_keep(config, kind, dataset, records)
     keep = (
         frozenset(config.keep) | ({"strength"} if config.ties == "half" else set()) if kind == "pair" else ()
     )
@@ -199,9 +200,7 @@ def load_data(
         train = _first(train, config.max_train, seed)
     if not len(train):
         raise ValueError(f"data.source={config.source} leaves nothing to learn from as {kind} data")
-    held_out = _first(
-        View(dataset, kind, records[held], picks[held], config.desirable), config.max_eval, seed
-    )
+    held_out = _first(replace(view, records=records[held], picks=picks[held]), config.max_eval, seed)
     rows = [dataset.record(int(i)) for i in held_out.records]
     shown = rows or [dataset.record(int(i)) for i in train.records[: config.max_eval]]
     clusters = tuple(str(_cluster(r, config.split_by)) for r in rows)
@@ -248,6 +247,21 @@ def _kind(config: DataConfig, kinds: Sequence[Kind], dataset: EncodedDataset) ->
     raise ValueError(
         f"data.source={config.source} holds single images, but the objective takes {', '.join(kinds)} data"
     )
+
+
+def _check_keep(config: DataConfig, kind: Kind, dataset: EncodedDataset, records: np.ndarray) -> None:
+    """Refuse fields that the examples cannot have, before anything is learnt."""
+    if config.keep and kind != "pair":
+        raise ValueError(f"data.keep={', '.join(config.keep)} is for pairs; this is {kind} data")
+    if "margin" not in config.keep:
+        return
+    columns = [dataset.column(name) for name in ("kind", "margin")]
+    absent = np.asarray([stored == "pair" and margin is None for stored, margin in _rows(columns)])[records]
+    if absent.any():
+        first = dataset.record(int(records[absent][0]))["source"]
+        raise ValueError(
+            f"data.keep=margin, but {absent.sum()} of {len(records)} pairs have none, {first} the first"
+        )
 
 
 def _pick(

@@ -229,8 +229,8 @@ class ElboLikelihood:
     -log sigmoid(-beta/2 [(m_w - r_w) - (m_l - r_l)]), m, r the mean squared errors of policy and reference.
     Several draws are averaged. reduction: 'mean' over the D = Z H W numbers of an image as every published
     script has it, or the papers' 'sum', where the same beta weighs D times as much. space, min_snr: see
-    `Schedule.weights`. Values are float64 where the device has it: the difference of two of them is about
-    1e-4 of either.
+    `Schedule.weights`. baseline: whether labelled images come with KTO's. Values are float64 where the device
+    has it: the difference of two of them is about 1e-4 of either.
     """
 
     schedule: Schedule
@@ -238,6 +238,7 @@ class ElboLikelihood:
     space: Space = "native"
     min_snr: float | None = None
     kernel: Impl = "auto"
+    baseline: bool = True
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
@@ -295,7 +296,7 @@ class ElboLikelihood:
         if batch.kind == "single":
             return own
         # Diffusion-KTO's baseline (Li et al. 2024, section 4): the batch's own mean log-ratio, at least 0.
-        itself = LogLik(own.logp.detach(), own.count)
+        itself = LogLik(own.logp.detach(), own.count) if self.baseline else None
         return LabelledLogLik(own, batch.relevance[:, 0] > 0, mismatched=itself)
 
     def _targets(self, batch: DiffusionBatch) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from triptych.modalities.diffusion.export import export_full, export_kohya, export_lora, part_of
+from triptych.modalities.diffusion.export import LORA_FILE, export_full, export_kohya, export_lora, part_of
 from triptych.modalities.diffusion.gallery import (
     Bar,
     BaseSamples,
@@ -43,6 +43,8 @@ __all__ = ["Gallery", "finish", "held_out_table", "judge", "sample_base"]
 
 _MAX_STEPS_SHOWN = 4
 _MAX_SAMPLES = 12
+# Measures differ by orders of magnitude: sharpness is a hundredth where colourfulness is fifty.
+_DIGITS = ".3g"
 
 
 def finish(
@@ -93,7 +95,7 @@ def finish(
         pairs = _sample_pairs(base, aligned)
         along = base_samples.studio.along_the_way(folder, before=learner.step)
         figures = [_figure(base, along, aligned)]
-    numbers = {name: f"{value:.3f}" for name, value in results.items()}
+    numbers = {name: f"{value:{_DIGITS}}" for name, value in results.items()}
     _export(run, config, folder / "model", state)
     write_card(
         folder / "model",
@@ -118,7 +120,7 @@ def finish(
         folder,
         title=f"{config.objective.name} on {config.data.source}",
         summary=_summary(results),
-        tables=tables,
+        tables=[_with_digits(table) for table in tables],
         samples=pairs,
         images=figures,
         config=settings,
@@ -127,7 +129,7 @@ def finish(
         versions=versions,
     )
     for name, value in results.items():
-        report(f"  {name}: {value:.3f}")
+        report(f"  {name}: {value:{_DIGITS}}")
     report(f"report: {path}")
 
 
@@ -219,7 +221,7 @@ def snippet(run: DiffusionRun, config: DiffusionConfig) -> str:
         lines = [
             f"from diffusers import {made}\n",
             f"pipe = {made}.from_pretrained({name!r}, use_safetensors=True{extra})",
-            'pipe.load_lora_weights(".")',
+            f'pipe.load_lora_weights(".", weight_name="{LORA_FILE}")',
         ]
     else:
         model = type(run.policy.model).__name__
@@ -280,8 +282,14 @@ def _sample_pairs(base: Pictures, aligned: Pictures) -> list[SamplePair]:
     return pairs[:_MAX_SAMPLES]
 
 
+def _with_digits(table: Table) -> Table:
+    """The table with three significant digits of every estimate."""
+    rows = [[f"{c:{_DIGITS}}" if isinstance(c, Estimate) else c for c in row] for row in table.rows]
+    return replace(table, rows=rows)
+
+
 def _summary(results: Mapping[str, Estimate]) -> list[tuple[str, str]]:
     """At most four headline numbers: accuracy, then the pictures' measures."""
     first = ("reward accuracy", "ELBO ranking accuracy, aligned - base")
     names = [n for n in first if n in results] + [n for n in results if n not in first]
-    return [(n[0].upper() + n[1:], f"{results[n]:.3f}") for n in names[:4]]
+    return [(n[0].upper() + n[1:], f"{results[n]:{_DIGITS}}") for n in names[:4]]

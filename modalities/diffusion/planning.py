@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 
-from triptych.modalities.diffusion.architectures import Architecture
+from triptych.modalities.diffusion.architectures import Architecture, inputs_of
+from triptych.modalities.diffusion.model import LoraConfig
 from triptych.modalities.diffusion.simulation import (
     Setup,
     encode_flops,
@@ -51,6 +52,47 @@ class Method:
 
     candidates: int
     needs_reference: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run. contexts: pairs, lists or single images of the data set; images and prompts: distinct ones.
+
+    reference 'cached' keeps its values from one pass before the run. offline: images and prompts are encoded
+    before the run, not in every step. utilisation: share of the data sheet's rate that is reached.
+    """
+
+    setup: Setup
+    method: Method
+    reference: Reference
+    offline: bool
+    contexts: int
+    images: int
+    prompts: int
+    epochs: float
+    gpu: str
+    gpus: int
+    utilisation: float
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise ValueError(f"--gpu={self.gpu}; valid: {', '.join(GPUS)}")
+        flags = {"contexts": "num_pairs", "images": "num_images", "prompts": "num_prompts", "gpus": "gpus"}
+        for name, flag in flags.items():
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{flag}={getattr(self, name)} must be at least 1")
+        if self.reference not in get_args(Reference):
+            raise ValueError(f"--reference={self.reference}; valid: {', '.join(get_args(Reference))}")
+        if not 0 < self.utilisation <= 1 or not self.epochs > 0:
+            raise ValueError(
+                f"--utilisation={self.utilisation} must be in (0, 1] and --epochs={self.epochs} positive"
+            )
+        if not self.method.needs_reference and self.reference != "none":
+            raise ValueError(f"--reference={self.reference}: the method reads none")
+        if self.method.needs_reference and self.reference == "none":
+            raise ValueError("--reference=none: the method needs adapter_off, frozen_copy or cached")
+        if self.reference == "adapter_off" and self.setup.lora is None:
+            raise ValueError("--reference=adapter_off needs LoRA; use frozen_copy or cached")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,43 +146,44 @@ def find_method(name: str, candidates: int) -> Method:
     return Method(candidates=number, needs_reference=found.needs_reference)
 
 
-def check_reference(reference: str, method: Method, setup: Setup) -> Reference:
-    """A reference that fits; ValueError for one that cannot be had or that would not be read."""
-    if reference not in get_args(Reference):
-        raise ValueError(f"--reference={reference}; valid: {', '.join(get_args(Reference))}")
-    if not method.needs_reference and reference != "none":
-        raise ValueError(f"--reference={reference}: the method reads none")
-    if method.needs_reference and reference == "none":
-        raise ValueError("--reference=none, but the method needs one: adapter_off, frozen_copy or cached")
-    if reference == "adapter_off" and setup.lora is None:
-        raise ValueError("--reference=adapter_off needs LoRA; use frozen_copy or cached")
-    return reference  # type: ignore[return-value]
-
-
-def flops_of(
-    made: Architecture, setup: Setup, method: Method, *, reference: Reference, offline: bool
-) -> Flops:
+def flops_of(made: Architecture, job: Job) -> Flops:
     """FLOPs of one context. A cached reference and offline encoding cost nothing in the steps."""
-    k = method.candidates
-    live = reference in ("adapter_off", "frozen_copy")
+    k, resolution = job.method.candidates, job.setup.resolution
+    live = job.reference in ("adapter_off", "frozen_copy")
     return Flops(
-        policy=k * simulate(made, setup).policy,
-        reference=k * forward_flops(made, setup.resolution) if live else 0.0,
-        vae=0.0 if offline else k * encode_flops(made, setup.resolution),
-        text=0.0 if offline else text_flops(made),
+        policy=k * simulate(made, job.setup).policy,
+        reference=k * forward_flops(made, resolution) if live else 0.0,
+        vae=0.0 if job.offline else k * encode_flops(made, resolution),
+        text=0.0 if job.offline else text_flops(made),
     )
 
 
-def memory_of(made: Architecture, setup: Setup, *, reference: Reference, offline: bool, gpus: int) -> Memory:
+def flops_before(made: Architecture, job: Job) -> float:
+    """FLOPs before the first step, of the whole data set: encoding, and the reference's values of each epoch.
+
+    Both are kept: the next run over the same data, seeds and base does without them.
+    """
+    resolution = job.setup.resolution
+    total = 0.0
+    if job.offline:
+        total += job.images * encode_flops(made, resolution) + job.prompts * text_flops(made)
+    if job.reference == "cached":
+        total += job.epochs * job.contexts * job.method.candidates * forward_flops(made, resolution)
+    return total
+
+
+def memory_of(made: Architecture, job: Job) -> Memory:
     """Peak memory of one device. Encoders in the process are a float32 VAE and bfloat16 text encoders."""
-    step = simulate(made, setup)
+    setup, step = job.setup, simulate(made, job.setup)
     vae, text = torch.float32, torch.bfloat16
-    sizes = {"rows": setup.rows, "resolution": setup.resolution}
-    copy = step.weights if reference == "frozen_copy" else 0
-    buckets = step.gradients if gpus > 1 else 0
-    encoders = 0 if offline else encoder_bytes(made, vae=vae, text=text)
-    # Images are encoded while there are neither gradients nor activations.
-    encoding = 0 if offline else step.weights + step.moments + encode_peak(made, **sizes, dtype=vae)
+    copy = step.weights if job.reference == "frozen_copy" else 0
+    buckets = step.gradients if job.gpus > 1 else 0
+    encoders = encoding = 0
+    if not job.offline:
+        encoders = encoder_bytes(made, vae=vae, text=text)
+        # Images are encoded while there are neither gradients nor activations.
+        sizes = {"rows": setup.rows, "resolution": setup.resolution}
+        encoding = step.weights + step.moments + encode_peak(made, **sizes, dtype=vae)
     return Memory(
         weights=step.weights,
         gradients=step.gradients,
@@ -153,7 +196,38 @@ def memory_of(made: Architecture, setup: Setup, *, reference: Reference, offline
     )
 
 
-def days_of(flops: float, gpu: Gpu, *, gpus: int, utilisation: float, float32: bool = False) -> float:
-    """Days for so many FLOPs at a share of the data sheet's rate; float32 (TF32) runs at half of it."""
-    rate = gpu.teraflops * 1e12 * utilisation * gpus / (2 if float32 else 1)
+def disk_of(made: Architecture, job: Job) -> int:
+    """Bytes of what offline encoding writes in half precision: latents, and embeddings once a prompt."""
+    shapes = inputs_of(made, rows=1, resolution=job.setup.resolution)
+    latent = shapes["hidden_states" if made.family == "sd3" else "sample"]
+    return 2 * (job.images * latent.numel() + job.prompts * shapes["encoder_hidden_states"].numel())
+
+
+def days_of(flops: float, job: Job) -> float:
+    """Days for so many FLOPs. Without bfloat16 anywhere, arithmetic is TF32 at half of the rate."""
+    float32 = job.setup.dtype == "float32" and not job.setup.autocast
+    rate = GPUS[job.gpu].teraflops * 1e12 * job.utilisation * job.gpus / (2 if float32 else 1)
     return flops / rate / 86400
+
+
+def alternatives(job: Job, lora: LoraConfig) -> dict[str, Job]:
+    """The same run with one thing otherwise. lora: what a run without it would take."""
+    setup = job.setup
+    found: dict[str, Job] = {}
+    without = "frozen_copy" if job.reference == "adapter_off" else job.reference
+    if setup.lora is None:
+        found["with LoRA"] = replace(job, setup=replace(setup, lora=lora))
+    else:
+        full = replace(setup, lora=None)
+        found["every weight instead of LoRA"] = replace(job, setup=full, reference=without)
+    turned = replace(setup, gradient_checkpointing=not setup.gradient_checkpointing)
+    label = "without" if setup.gradient_checkpointing else "with"
+    found[f"{label} gradient checkpointing"] = replace(job, setup=turned)
+    if job.reference == "cached":
+        live: Reference = "frozen_copy" if setup.lora is None else "adapter_off"
+        found[f"reference live ({live})"] = replace(job, reference=live)
+    elif job.reference != "none":
+        found["reference from the cache"] = replace(job, reference="cached")
+    encoding = "encoding in every step" if job.offline else "encoding beforehand"
+    found[encoding] = replace(job, offline=not job.offline)
+    return found

@@ -141,17 +141,18 @@ def set_up(
         space=config.likelihood.space,
         min_snr=config.likelihood.min_snr,
         kernel=config.model.kernel,
+        baseline=_needs_baseline(terms),
     )
     data = load_data(config.data, _kinds(terms), seed=config.run.seed, report=report)
     _check_encoded(data, kind_of_model, source)
-    terms.check(INPUT_OF[data.kind], _provided(data), bound=True, modality="diffusion")
+    terms.check(INPUT_OF[data.kind], _provided(data, likelihood), bound=True, modality="diffusion")
     report(_beta_line(terms, config, data))
     # Everything that can be refused without the weights has been.
     model = load_denoiser(source, config.model)
     base_hash = content_hash(model)
     torch.manual_seed(config.run.seed)
     policy = Denoiser(adapt(model, config.model)).to(device)
-    references = _references(config, terms, policy, base_hash, cache_dir)
+    references = _references(config, terms, policy, data, base_hash, cache_dir)
     empty = (data.empty.embeds, data.empty.pooled)
     collate = Collator(schedule=schedule, noise=config.noise, empty=empty, dropout=config.data.dropout)
     # Held-out contexts keep their prompts.
@@ -238,9 +239,14 @@ def _kinds(terms: Terms) -> list[Kind]:
     return kinds  # type: ignore[return-value]
 
 
-def _provided(data: DiffusionData) -> frozenset[str]:
+def _needs_baseline(terms: Terms) -> bool:
+    """Whether a term cannot do without KTO's baseline; others that could read one make their own."""
+    return any("baseline" in t.objective.requires for t in terms.terms)
+
+
+def _provided(data: DiffusionData, likelihood: ElboLikelihood) -> frozenset[str]:
     """Optional fields of the objective's input that this data and likelihood fill."""
-    found = {"ref"} | ({"baseline", "mismatched"} if data.kind == "labelled" else set())
+    found = {"ref"} | ({"baseline"} if data.kind == "labelled" and likelihood.baseline else set())
     return frozenset(found | data.train.keep)
 
 
@@ -256,16 +262,24 @@ def _check_encoded(data: DiffusionData, kind: str, source: str) -> None:
 
 def _beta_line(terms: Terms, config: DiffusionConfig, data: DiffusionData) -> str:
     """What beta means at this resolution: the trap that published betas set."""
-    mean, unit = effective_beta(terms.main.objective.beta, config.likelihood.reduction, data.shape)
+    objective = terms.main.objective
+    if not objective.options.keys() & {"beta", "beta_chosen"}:
+        return f"objective: {objective.spec.name}"
+    mean, unit = effective_beta(objective.beta, config.likelihood.reduction, data.shape)
     shape = "x".join(map(str, data.shape))
     return (
-        f"objective: {terms.main.objective.spec.name}, beta {mean:g} on the mean of a {shape} latent's "
+        f"objective: {objective.spec.name}, beta {mean:g} on the mean of a {shape} latent's "
         f"squared error = {unit:.4g} on its sum"
     )
 
 
 def _references(
-    config: DiffusionConfig, terms: Terms, policy: Denoiser, base_hash: str, cache_dir: Path
+    config: DiffusionConfig,
+    terms: Terms,
+    policy: Denoiser,
+    data: DiffusionData,
+    base_hash: str,
+    cache_dir: Path,
 ) -> dict[str, Reference]:
     slots = terms.slots()
     if not slots:
@@ -278,8 +292,10 @@ def _references(
         # The table is filled before the first step, while the policy is its own reference.
         frozen = Untrained() if config.model.cache_reference else FrozenCopy.of(policy)
     if config.model.cache_reference:
-        # What a value depends on besides image, prompt, time and noise.
-        facts = (config.model.dtype, config.optim.precision, config.model.prediction, config.likelihood)
+        # What a value depends on besides image, prompt, time and noise. Images and prompts are named by what
+        # they were before encoding, so how they were encoded counts, too.
+        model, encoded = config.model, (data.fingerprint, config.data.empty_prompt)
+        facts = (model.dtype, config.optim.precision, model.prediction, config.likelihood, encoded)
         store = ValueStore(cache_dir / "references" / base_hash[:16])
         frozen = Cached(store, f"{base_hash} {facts}", frozen)
     return {"frozen": frozen}

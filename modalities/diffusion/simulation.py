@@ -18,7 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import (
+    FlopCounterMode,
+    flop_registry,
+    sdpa_backward_flop_count,
+    sdpa_flop_count,
+)
 
 from triptych.modalities.diffusion.architectures import (
     Architecture,
@@ -49,7 +54,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         if self.rows < 1:
-            raise ValueError(f"rows={self.rows} must be at least 1")
+            raise ValueError(f"--micro_batch_size={self.rows} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,10 +99,10 @@ def _simulate(made: Architecture, setup: Setup) -> Step:
         moments = [v for state in optimizer.state.values() for v in state.values() if v.ndim]
         sizes = {"rows": setup.rows, "resolution": setup.resolution}
         inputs = inputs_of(made, **sizes, dtype=DTYPES[setup.dtype], device="cpu")
-        live, flops = LiveMemory(), _flop_counter()
+        live = Watch()
         live.follow(tree_iter([list(denoiser.parameters()), list(denoiser.buffers()), moments, inputs]))
         before = live.now
-        with live, flops:
+        with live:
             with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast):
                 prediction = denoiser(**inputs, return_dict=False)[0]
             activations = live.now - before
@@ -106,7 +111,7 @@ def _simulate(made: Architecture, setup: Setup) -> Step:
             optimizer.step()
         trained = [p for p in denoiser.parameters() if p.requires_grad]
         return Step(
-            policy=flops.get_total_flops() / setup.rows,
+            policy=live.flops / setup.rows,
             weights=_bytes(denoiser.parameters()),
             trained=sum(p.numel() for p in trained),
             gradients=_bytes(p.grad for p in trained if p.grad is not None),
@@ -158,9 +163,8 @@ def _warm_optimizer(denoiser: nn.Module, setup: Setup) -> torch.optim.Optimizer:
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, foreach=setup.foreach)
     for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": torch.tensor(1.0), **moments}
     return optimizer
 
 
@@ -168,12 +172,32 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class LiveMemory(TorchDispatchMode):
-    """Bytes of all tensors that exist, by storage. now: at this moment; peak: the most so far."""
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(out.shape, query.shape, key.shape, value.shape)
+
+
+_ATEN = torch.ops.aten
+# PyTorch's list lacks the CPU's attention that does not keep its matrix.
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Watch(TorchDispatchMode):
+    """Follows every operation: bytes of all tensors that exist, now and at the most, and FLOPs so far.
+
+    `FlopCounterMode` also counts FLOPs, but its hooks keep tensors alive.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
         self._known: dict[int, weakref.ref[Any]] = {}
 
     def follow(self, values: Iterable[Any]) -> None:
@@ -193,29 +217,12 @@ class LiveMemory(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := _FORMULAS.get(func.overloadpacket):
+            self.flops += formula(*args, **kwargs, out_val=out)
         self.follow(tree_iter(out))
         return out
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward_flops(out: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(out, query, key, value)
-
-
-def _flop_counter() -> FlopCounterMode:
-    """PyTorch's counter, which lacks the attention that does not keep its matrix on the CPU."""
-    aten = torch.ops.aten
-    return FlopCounterMode(
-        display=False,
-        custom_mapping={
-            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-            aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-        },
-    )
 
 
 def forward_flops(made: Architecture, resolution: int) -> float:
@@ -264,7 +271,7 @@ def encode_peak(made: Architecture, *, rows: int, resolution: int, dtype: torch.
         vae = build_vae(made, dtype)
         with FakeTensorMode(), torch.no_grad():
             _materialize(vae)
-            live = LiveMemory()
+            live = Watch()
             with live:
                 vae.encode(torch.empty(rows, 3, resolution, resolution, dtype=dtype))
             return live.peak

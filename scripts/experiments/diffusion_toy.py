@@ -48,7 +48,7 @@ PROMPTS = tuple(product(SHAPES, PLACES, ("small", "large"), ("on light", "on dar
 # A quarter of the prompts, spread over all shapes, never has a preference.
 HELD_OUT = tuple(sorted(range(len(PROMPTS)), key=lambda i: key("held out", i))[: len(PROMPTS) // 4])
 TRAINED = tuple(i for i in range(len(PROMPTS)) if i not in HELD_OUT)
-SCHEDULER = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing"}
 LIST_SIZE = 4
 MAX_SEEDS = 3
 TOY = "SDXL-class UNet of 1.0M parameters on drawn 16 x 16 shapes"
@@ -138,7 +138,7 @@ def time_ids(num: int) -> Tensor:
 
 
 def scheduler() -> DDIMScheduler:
-    """Stable Diffusion's noise schedule; pictures are clipped to [-1, 1]."""
+    """DDPM's noise schedule (Ho et al. 2020), sampled from its last time on; clips to [-1, 1]."""
     return DDIMScheduler(**SCHEDULER)
 
 
@@ -309,6 +309,11 @@ class Pool:
         pictures = self.pictures[i, [a, b]]
         return example(self.prompts[i], pictures, "pair", (1.0, 0.0), f"{i}-{a},{i}-{b}")
 
+    def single(self, place: tuple[int, int]) -> Example:
+        """A picture as a training sample."""
+        i, k = place
+        return example(self.prompts[i], self.pictures[i, [k]], "single", (1.0,), f"{i}-{k}")
+
     def ranked(self, relevance: Tensor) -> list[Example]:
         """Every list as a training sample with its relevance [P, K]."""
         names = [",".join(f"{i}-{k}" for k in range(len(row))) for i, row in enumerate(relevance)]
@@ -438,7 +443,6 @@ def align(
 
     Everything but labels and objective is the same for one seed.
     """
-    # sft looks at one picture of its pair or list, but all of them are evaluated.
     batch = sizes.images // len(examples[0].latents)
     optim = OptimConfig(
         lr=lr, batch_size=batch, micro_batch_size=batch, num_steps=sizes.steps, schedule="constant"

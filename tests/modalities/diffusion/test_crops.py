@@ -132,6 +132,15 @@ def test_resizing_keeps_the_aspect_of_what_is_shown():
     assert shown[32].sum() == pytest.approx(80 * 64 / 120, abs=1)
 
 
+def test_a_crop_between_pixels_is_cut_there_and_not_at_the_nearest_ones():
+    # 31 x 50 into 32 x 32: 19 columns to spare, left 10, which is 10 * 31 / 32 = 9.6875 in the file.
+    part = window((31, 50), (32, 32), Placement(), max_upscale=2)
+    assert part.time_ids == (31, 50, 0, 10, 32, 32)
+    columns = np.asarray(cut(ramp(31, 50), part))[16, 4:28, 1].astype(float)
+    exact = 9.6875 + (np.arange(4, 28) + 0.5) * 31 / 32 - 0.5
+    assert np.abs(columns - exact).max() <= 0.5  # whole numbers
+
+
 def test_shrinking_is_antialiased():
     # Stripes of one pixel become even grey, not a pattern.
     stripes = np.zeros((256, 256, 3), np.uint8)

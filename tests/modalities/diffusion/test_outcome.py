@@ -170,6 +170,10 @@ def test_a_finished_run_leaves_results_artefacts_pictures_and_a_report(folder, t
     page = (tmp_path / "report.html").read_text("utf-8")
     assert "ELBO ranking accuracy" in page
     assert "Pictures on held-out prompts" in page
+    row = re.search(r"<tr><th[^>]*><bdi>brightness</bdi></th>(.*?)</tr>", page, re.DOTALL)[1]
+    shown = [float(n.replace("\u2212", "-")) for n in re.findall(r"<bdi>([^<]*)</bdi>", row)]
+    expected = [np.mean(scores["base"]), np.mean(scores["step-000002"]), gain["mean"]]
+    assert shown[:3] == pytest.approx(expected, rel=5e-3)
     pictures = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([\w+/=]+)", page)]
     widths = sorted(Image.open(io.BytesIO(data)).width for data in pictures)
     # Three prompts before and after, magnified to 96 pixels, and a sheet with base, step 1 and aligned.

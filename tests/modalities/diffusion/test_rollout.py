@@ -123,7 +123,7 @@ def test_an_untrained_adapter_changes_no_bit_and_a_trained_one_is_off_in_the_ref
     base = generate_latents(pipeline, PROMPTS[:2], SHORT)
     model = denoiser_of(pipeline)
     model.requires_grad_(False)
-    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))
+    model.add_adapter(peft.LoraConfig(r=2, lora_alpha=2, lora_dropout=0.5, target_modules=["to_q", "to_v"]))
     policy = Denoiser(model).train()
     assert torch.equal(generate_latents(pipeline, PROMPTS[:2], SHORT), base)
     learnt = {name for name, p in policy.named_parameters() if p.requires_grad}
@@ -131,7 +131,9 @@ def test_an_untrained_adapter_changes_no_bit_and_a_trained_one_is_off_in_the_ref
         for name, parameter in policy.named_parameters():
             if name in learnt:
                 parameter.add_(0.5)
-    assert not torch.allclose(generate_latents(pipeline, PROMPTS[:2], SHORT), base, atol=1e-2)
+    changed = generate_latents(pipeline, PROMPTS[:2], SHORT)
+    assert not torch.allclose(changed, base, atol=1e-2)
+    assert torch.equal(generate_latents(pipeline, PROMPTS[:2], SHORT), changed), "dropout is off"
     with AdapterOff().active(policy):
         assert torch.equal(generate_latents(pipeline, PROMPTS[:2], SHORT), base)
     assert {name for name, p in policy.named_parameters() if p.requires_grad} == learnt

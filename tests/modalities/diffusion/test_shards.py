@@ -163,9 +163,12 @@ def test_a_writer_goes_on_where_the_last_one_stopped(tmp_path):
     again = ShardWriter(tmp_path / "data", IDENTITY, empty=EMPTY)
     assert again.num_parts == 1
     assert again.known == {prompt_hash("a dog"): (0, 0)}
-    again.write([context("b", seed=1)], {})
-    again.finish({})
-    whole = write(tmp_path / "whole", [context("a")], [context("b", seed=1)])
+    second = context("b", text="x", seed=1)
+    again.write([second], {prompt_hash("x"): prompt(1)})
+    third = ShardWriter(tmp_path / "data", IDENTITY, empty=EMPTY)
+    assert third.known == {prompt_hash("a dog"): (0, 0), prompt_hash("x"): (1, 0)}
+    third.finish({})
+    whole = write(tmp_path / "whole", [context("a")], [second])
     assert EncodedDataset(tmp_path / "data").fingerprint == whole.fingerprint
 
 
