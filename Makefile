@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMPS := $(VENV)/.stamps
-PANEL  ?= llm
+PANEL  ?= all
 
 .PHONY: setup demo test check bench evidence clean
 .DELETE_ON_ERROR:

@@ -24,7 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from triptych.scripts.common import quiet_libraries, versions
+from triptych.scripts.common import quiet_diffusers, versions
 from triptych.scripts.measuring import STEPS, as_child, measure, run_child, say
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +43,7 @@ def main() -> int:
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=Path("runs/bench"))
     options = parser.parse_args()
-    quiet_libraries()
+    quiet_diffusers()
     if options.child:
         as_child(options.child, CHILDREN)
         return 0

@@ -152,3 +152,11 @@ def quiet_libraries() -> None:
 
     disable_progress_bar()
     disable_loading_bar()
+
+
+def quiet_diffusers() -> None:
+    """As `quiet_libraries`, for the scripts that use diffusers, whose import takes seconds."""
+    quiet_libraries()
+    from diffusers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()

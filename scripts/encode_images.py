@@ -25,7 +25,7 @@ from triptych.scripts.common import (
     errors_in_one_line,
     parse,
     progress,
-    quiet_libraries,
+    quiet_diffusers,
     save_config,
 )
 from triptych.training.quarantine import Quarantine
@@ -79,7 +79,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Entry point."""
     with errors_in_one_line():
         config = parse(EncodeConfig, args, prog="encode_images", doc=__doc__ or "")
-        quiet_libraries()
+        quiet_diffusers()
         return run(config)
 
 

@@ -19,7 +19,7 @@ import torch
 from triptych.modalities.diffusion.measures import label_pairs, measure_of, write_lists, write_pairs
 from triptych.modalities.diffusion.model import ModelConfig, load_pipeline, locate
 from triptych.modalities.diffusion.rollout import Sampling, embed, generate
-from triptych.scripts.common import errors_in_one_line, parse, progress, quiet_libraries
+from triptych.scripts.common import errors_in_one_line, parse, progress, quiet_diffusers
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,7 +87,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Entry point."""
     with errors_in_one_line():
         config = parse(PreferenceConfig, args, prog="make_preferences", doc=__doc__ or "")
-        quiet_libraries()
+        quiet_diffusers()
         return run(config)
 
 

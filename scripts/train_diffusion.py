@@ -23,7 +23,7 @@ from triptych.scripts.common import (
     errors_in_one_line,
     parse,
     progress,
-    quiet_libraries,
+    quiet_diffusers,
     save_config,
     versions,
 )
@@ -103,7 +103,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """Entry point."""
     with errors_in_one_line():
         config = parse(DiffusionConfig, args, prog="train_diffusion", doc=__doc__ or "")
-        quiet_libraries()
+        quiet_diffusers()
         return run(config)
 
 

@@ -78,9 +78,18 @@ _PANELS = (
     _Panel("Reward", ("reward",)),
     _Panel("KL to the reference", ("kl",)),
     _Panel("Length of samples", ("length",)),
+    _Panel("Drift from the reference", ("drift",)),
+    _Panel("Diversity of samples", ("diversity",)),
     _Panel("Learning rate", ("learning_rate",), noisy=False),
     _Panel("Gradient norm", ("grad_norm",)),
 )
+
+
+def _measured(metrics: Sequence[Mapping[str, Any]]) -> list[_Panel]:
+    """A panel for every measure of samples, which the log calls reward/<name>."""
+    names = {k for event in metrics for k in event if k.startswith("reward/")}
+    kept = sorted(k for k in names if not k.endswith(("_low", "_high")))
+    return [_Panel(k.removeprefix("reward/").replace("_", " ").capitalize(), (k,)) for k in kept]
 
 
 def render_curves(metrics: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
@@ -94,7 +103,7 @@ def render_curves(metrics: Sequence[Mapping[str, Any]]) -> tuple[Curve, ...]:
     curves = []
     # matplotlib offers the salt and the font type as settings only; they are put back on leaving.
     with style.context(["default", {"svg.hashsalt": "triptych", "svg.fonttype": "none"}]):
-        for panel in _PANELS:
+        for panel in (*_PANELS, *_measured(metrics)):
             found = {
                 (key, split): _points(metrics, key, split)
                 for key in panel.keys

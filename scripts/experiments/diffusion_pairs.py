@@ -11,48 +11,30 @@ too: every effect is reported less that of random labels.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from triptych.modalities.diffusion.likelihood import DiffusionBatch, ElboLikelihood
 from triptych.modalities.diffusion.policy import Denoiser
 from triptych.objectives import Input
 from triptych.scripts.experiments.common import (
-    COLOURS,
-    MARKERS,
-    MUTED,
-    Claim,
-    Outcome,
-    bars,
-    command,
     over_seeds,
-    stopwatch,
-    verdict,
 )
 from triptych.scripts.experiments.diffusion_toy import (
-    FULL,
-    MAX_SEEDS,
     QUICK,
-    TOY,
     Judge,
     Pair,
     Pool,
     Sizes,
     align,
-    main,
     make_pool,
     measured,
-    pretrained,
     schedule,
     train,
 )

@@ -48,7 +48,13 @@ PROMPTS = tuple(product(SHAPES, PLACES, ("small", "large"), ("on light", "on dar
 # A quarter of the prompts, spread over all shapes, never has a preference.
 HELD_OUT = tuple(sorted(range(len(PROMPTS)), key=lambda i: key("held out", i))[: len(PROMPTS) // 4])
 TRAINED = tuple(i for i in range(len(PROMPTS)) if i not in HELD_OUT)
-SCHEDULER = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "timestep_spacing": "trailing"}
+SCHEDULER = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "timestep_spacing": "trailing",
+    "prediction_type": "v_prediction",
+}
 LIST_SIZE = 4
 MAX_SEEDS = 3
 TOY = "SDXL-class UNet of 1.0M parameters on drawn 16 x 16 shapes"

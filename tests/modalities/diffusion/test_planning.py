@@ -286,10 +286,11 @@ def measured_peak(given):
         {"lora": LORA, "gradient_checkpointing": True},
         {"lora": None},
         {"lora": None, "gradient_checkpointing": True},
-        {"lora": None, "foreach": True, "gradient_checkpointing": True},
+        {"lora": None, "rows": 1, "resolution": 64},
+        {"lora": None, "rows": 1, "resolution": 64, "foreach": True},
         {"lora": None, "autocast": True},
     ],
-    ids=["lora", "lora_checkpointed", "full", "full_checkpointed", "foreach", "autocast"],
+    ids=["lora", "lora_checkpointed", "full", "full_checkpointed", "update", "update_foreach", "autocast"],
 )
 def test_predicted_memory_is_what_a_real_step_allocates(options):
     given = setup(**options)
