@@ -23,6 +23,7 @@ from triptych.scripts import encode_images, make_preferences, train_diffusion, t
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "scripts" / "recipes"
 OPENMOJI = "asset:openmoji_sdxl"
+DRAWING = ("--measure=redness", "--num_per_prompt=3", "--num_steps=20", "--guidance=3", "--batch_size=48")
 
 
 def llm(folder: Path) -> tuple[int, Path]:
@@ -40,7 +41,13 @@ def images(folder: Path) -> tuple[int, Path]:
         prompts = (ROOT / "assets" / "openmoji_sdxl" / "prompts.txt").read_text("utf-8").splitlines()[::2]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
-        drawing = "--measure=redness --num_per_prompt=3 --num_steps=20 --guidance=3 --batch_size=48".split()
+        drawing = [
+            "--measure=redness",
+            "--num_per_prompt=3",
+            "--num_steps=20",
+            "--guidance=3",
+            "--batch_size=48",
+        ]
         files = ["--prompts", str(folder / "prompts.txt"), "--output_dir", str(pairs)]
         if code := make_preferences.main([*model, *drawing, *files]):
             return code, run

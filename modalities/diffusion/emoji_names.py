@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from triptych.modalities.diffusion.openmoji import SIZE, Emoji, pixels_of
 from triptych.training.atomic import write_json
 
-WIDTHS = (24, 48, 96, 160)
+WIDTHS = (24, 48, 96, 128)
 FORMAT = "emoji-names-1"
 _POOL = 4  # reconstructions kept of every emoji
 
@@ -59,9 +59,9 @@ def make_net(num_captions: int, *, seed: int) -> nn.Sequential:
     for width in WIDTHS:
         layers += [nn.Conv2d(before, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
         before = width
-    layers += [nn.Conv2d(before, 64, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.Flatten()]
+    layers += [nn.Conv2d(before, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU(), nn.Flatten()]
     side = SIZE // 2 ** len(WIDTHS)
-    layers += [nn.Dropout(0.2), nn.Linear(64 * side * side, 96), nn.ReLU(), nn.Linear(96, num_captions)]
+    layers += [nn.Dropout(0.2), nn.Linear(48 * side * side, 96), nn.ReLU(), nn.Linear(96, num_captions)]
     return nn.Sequential(*layers)
 
 

@@ -190,10 +190,12 @@ def fill_references(
             continue
         batches = _batches_to_come(run)[accelerator.process_index :: accelerator.num_processes]
         computed = 0
-        with accelerator.autocast(), bar("reference", len(batches)) as progress:
+        with bar("reference", len(batches)) as progress:
             for done, (task, draws) in enumerate(batches, start=1):
+                # As in training, data is put together outside of the low precision.
                 batch = task.collate([task.examples[d.index] for d in draws], draws)
-                computed += reference.fill(task.likelihood, run.policy, [batch], accelerator.device)
+                with accelerator.autocast():
+                    computed += reference.fill(task.likelihood, run.policy, [batch], accelerator.device)
                 progress.update(done)
         reference.store.flush()
         accelerator.wait_for_everyone()

@@ -113,6 +113,7 @@ def test_published_models_have_their_published_sizes(name, denoiser, vae, text):
     assert [count(build_text_encoder(e)) for e in made.text] == text
 
 
+@pytest.mark.slow
 def test_the_real_sdxl_unet_runs_forward_and_backward_on_a_pair():
     """Shapes of the published inputs, on the meta device; FLOPs against the numbers worked out for it."""
     unet = build_denoiser(SDXL, torch.bfloat16).train().requires_grad_(True)
@@ -164,6 +165,7 @@ def test_flops_of_one_image_are_those_worked_out_for_the_published_models():
     assert forward_flops(PUBLISHED["sd3-medium"], 1024) == pytest.approx(8.90e12, rel=0.01)
 
 
+@pytest.mark.slow
 def test_sdxl_with_lora_is_simulated_to_the_flops_and_weights_worked_out_for_it():
     step = simulate(SDXL, Setup(lora=LORA, dtype="bfloat16", rows=1, resolution=1024))
     assert step.policy == pytest.approx(14.1e12, rel=0.05)
