@@ -140,7 +140,8 @@ def _lines(made: Architecture, job: Job, options: argparse.Namespace) -> Iterato
     total = flops.total * job.contexts * job.epochs
     rate = f"{job.gpus} x {job.gpu} at {job.utilisation:.0%} of {GPUS[job.gpu].teraflops:g} TFLOP/s"
     yield f"{job.contexts:,} of a {unit}, {job.epochs:g} times over, on {rate}"
-    yield f"  {'the run':<34}{days_of(total, job):10.2f} days"
+    days = days_of(total, job)
+    yield f"  {'the run':<34}{days:10.2f} days, {days * job.gpus * 24:,.0f} GPU hours"
     yield f"  {'before it, once for all runs':<34}{days_of(flops_before(made, job), job):10.2f} days"
     if job.offline:
         yield f"  {'encoded images and prompts':<34}{disk_of(made, job) / GB:10.2f} GB of disk"
