@@ -66,7 +66,7 @@ def make_net(num_captions: int, *, seed: int) -> nn.Sequential:
 
 
 def augment(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures moved (6 px), scaled (0.85 to 1.15), turned (12 degrees), mirrored, blurred, noised, recoloured."""
+    """Pictures moved (6 pixels), scaled, turned by 12 degrees, mirrored, blurred, noised, recoloured."""
 
     def draw(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(len(pixels), *shape, generator=generator)
@@ -140,7 +140,9 @@ def train_namer(
     return Namer(net.eval().requires_grad_(False), tuple(emoji.caption for emoji in emojis))
 
 
-def accuracy(namer: Namer, emojis: Sequence[Emoji], autoencoder: Any, *, seed: int, draws: int = 4) -> dict[str, float]:
+def accuracy(
+    namer: Namer, emojis: Sequence[Emoji], autoencoder: Any, *, seed: int, draws: int = 4
+) -> dict[str, float]:
     """Share of emojis named right: as drawn, freshly moved and noised, reconstructed, and both."""
     generator = torch.Generator().manual_seed(seed)
     real = pixels_of([emoji.image for emoji in emojis])
@@ -155,7 +157,10 @@ def accuracy(namer: Namer, emojis: Sequence[Emoji], autoencoder: Any, *, seed: i
     labels = torch.tensor([index[emoji.caption] for emoji in emojis])
     out = {}
     for kind, pixels in kinds.items():
-        right = namer.scores(pixels).topk(min(5, len(index))).indices == labels.repeat(len(pixels) // len(real))[:, None]
+        right = (
+            namer.scores(pixels).topk(min(5, len(index))).indices
+            == labels.repeat(len(pixels) // len(real))[:, None]
+        )
         out[f"{kind}, top 1"] = right[:, 0].float().mean().item()
         out[f"{kind}, top 5"] = right.any(1).float().mean().item()
     return out

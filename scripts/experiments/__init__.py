@@ -19,4 +19,4 @@ EXPERIMENTS: tuple[str, ...] = (
     "diffusion_steps",
     "groupwise_regret",
 )
-LONG: tuple[str, ...] = ("smollm2_online",)
+LONG: tuple[str, ...] = ("smollm2_online", "diffusion_pairs", "diffusion_ranked", "diffusion_variance")

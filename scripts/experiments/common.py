@@ -44,6 +44,7 @@ Family = Literal[
     "Reasoning and trees",
     "Many users and groups",
     "A real language model",
+    "Diffusion",
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 

@@ -1,8 +1,8 @@
 """The toy of the diffusion experiments: a small SDXL-class UNet on drawn shapes of 16 x 16 pixels.
 
 Pictures in [-1, 1] are their own latents. A prompt names shape, place, size and background; colours are left
-to chance, so that the pictures of one prompt differ in them. The base learns all prompts by `sft`; preferences
-are learnt on some of them and judged on the others.
+to chance, so that the pictures of one prompt differ in them. The base learns all prompts by `sft`;
+preferences are learnt on some of them and judged on the others.
 
 Shapes: P prompts, K pictures a prompt, N pictures, Z = 3 channels, H = W = 16.
 """
@@ -13,7 +13,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from itertools import combinations, product
 from pathlib import Path
@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from triptych.modalities.diffusion.draws import NoiseConfig
-from triptych.modalities.diffusion.likelihood import Collator, ElboLikelihood, Example
-from triptych.modalities.diffusion.measures import diversity, drift, measure_of
+from triptych.modalities.diffusion.likelihood import Collator, DiffusionBatch, ElboLikelihood, Example
+from triptych.modalities.diffusion.measures import diversity, measure_of
 from triptych.modalities.diffusion.policy import Conditions, Denoiser
 from triptych.modalities.diffusion.schedule import Schedule, schedule_of
 from triptych.scripts.experiments.common import Outcome
@@ -57,7 +57,7 @@ SCHEDULER = {
 }
 LIST_SIZE = 4
 MAX_SEEDS = 3
-TOY = "SDXL-class UNet of 1.0M parameters on drawn 16 x 16 shapes"
+TOY = "SDXL-class UNet (v-prediction, 1.0M parameters) on drawn 16 x 16 shapes"
 
 Pair = tuple[int, int, int]
 
@@ -70,9 +70,9 @@ class Sizes:
     the implicit reward and of the drift.
     """
 
-    pretraining: int = 2000
+    pretraining: int = 1500
     lists: int = 2
-    steps: int = 100
+    steps: int = 80
     images: int = 32
     repeats: int = 5
     ddim: int = 16
@@ -154,6 +154,12 @@ def schedule() -> Schedule:
     return schedule_of(scheduler())
 
 
+@cache
+def likelihood() -> ElboLikelihood:
+    """That of Diffusion-DPO, on the error of the model's own prediction."""
+    return ElboLikelihood(schedule=schedule())
+
+
 def make_denoiser(seed: int = 0) -> Denoiser:
     """The untrained UNet."""
     with torch.random.fork_rng(devices=[]):
@@ -214,19 +220,19 @@ def train(
     optim: OptimConfig,
     *,
     seed: int,
-    likelihood: Any = None,
+    adapter: Any = None,
     fold: Callable[[Tensor, Any], Tensor] | None = None,
     average: float = 0.0,
 ) -> Trained:
-    """The project's own loop on `policy`, which it changes; average: decay of the weights' moving average.
+    """The project's own loop on `policy`, which it changes; the reference is the policy as it comes.
 
-    The reference is the policy as it comes.
+    adapter: of the likelihood, in place of `likelihood()`. average: decay of the weights' moving average.
     """
     terms = objective.terms()
     references: Mapping[str, Reference] = {"frozen": FrozenCopy.of(policy)} if terms.slots() else {}
     frozen = references.get("frozen")
     task = Task(
-        likelihood=likelihood or ElboLikelihood(schedule=schedule()),
+        likelihood=adapter or likelihood(),
         terms=terms,
         references=references,
         collate=Collator(schedule=schedule()),
@@ -325,9 +331,7 @@ class Pool:
         names = [",".join(f"{i}-{k}" for k in range(len(row))) for i, row in enumerate(relevance)]
         return [
             example(prompt, pictures, "list", row.tolist(), name)
-            for prompt, pictures, row, name in zip(
-                self.prompts, self.pictures, relevance, names, strict=True
-            )
+            for prompt, pictures, row, name in zip(self.prompts, self.pictures, relevance, names, strict=True)
         ]
 
 
@@ -351,79 +355,86 @@ def measured(name: str, pictures: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Lists of pictures, times and noise, and what the base says of them: the implicit reward's yardstick."""
+
+    pool: Pool
+    batches: tuple[DiffusionBatch, ...]
+    said: tuple[list[Tensor], ...]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, base: Denoiser, pool: Pool, *, num_draws: int, seed: int) -> Probe:
+        """The same draws for the pictures of one prompt, and for every policy."""
+        noise = NoiseConfig(num_draws=num_draws, stratified=num_draws > 1)
+        collate = Collator(schedule=schedule(), noise=noise)
+        lists = pool.ranked(torch.zeros(pool.pictures.shape[:2]))
+        draws = [Draw(i, 0, key("probe", seed, i)) for i in range(len(lists))]
+        batches = tuple(collate(lists[i : i + 2], draws[i : i + 2]) for i in range(0, len(lists), 2))
+        return cls(pool, batches, tuple(likelihood().predict(base, batch) for batch in batches))
+
+    @torch.no_grad()
+    def implicit(self, policy: Denoiser) -> tuple[Tensor, float]:
+        """Implicit reward logp - ref of every picture, [P, K], and the drift mean (e_policy - e_ref)^2."""
+        rows, away = [], []
+        for batch, theirs in zip(self.batches, self.said, strict=True):
+            mine = likelihood().predict(policy, batch)
+            away += [(a - b).square().mean() for a, b in zip(mine, theirs, strict=True)]
+            known = partial(_known, mine)
+            terms, ref = likelihood().beside(known, theirs, batch)
+            rows.append((terms - ref).sum(-1))
+        return torch.cat(rows).view(self.pool.pictures.shape[:2]), float(torch.stack(away).mean())
+
+
+def _known(said: list[Tensor], *inputs: Any) -> list[Tensor]:
+    return said
+
+
+@dataclass(frozen=True, slots=True)
 class Judge:
     """Held-out prompts, the noise of a seed, and what the base makes of them, [P, K, Z, H, W]."""
 
-    base: Denoiser
     sizes: Sizes
     seed: int
-    pictures: Tensor
-    prompts: tuple[int, ...] = field(default=())
+    pool: Pool
+    probe: Probe
 
     @classmethod
     def of(cls, base: Denoiser, sizes: Sizes, *, seed: int) -> Judge:
         """The base's own pictures are drawn once."""
         prompts = HELD_OUT[: sizes.judged]
-        judge = cls(base, sizes, seed, torch.empty(0), prompts)
-        return replace(judge, pictures=judge.sample(base))
+        pool = Pool(prompts, judged_pictures(base, prompts, sizes, seed))
+        return cls(sizes, seed, pool, Probe.of(base, pool, num_draws=sizes.probes, seed=seed))
 
-    def sample(self, policy: Denoiser) -> Tensor:
-        """A policy's pictures from the judge's noise, [P, K, Z, H, W]."""
-        prompts = [p for p in self.prompts for _ in range(self.sizes.repeats)]
-        noise = key("judge", self.seed)
-        flat = sampled(policy, prompts, seed=noise, num_steps=self.sizes.ddim)
-        return flat.view(len(self.prompts), self.sizes.repeats, 3, SIZE, SIZE)
+    def draw(self, policy: Denoiser) -> Tensor:
+        """A policy's pictures from the noise of the base's, [P, K, Z, H, W]."""
+        return judged_pictures(policy, self.pool.prompts, self.sizes, self.seed)
 
-    def pool(self) -> Pool:
-        """The base's held-out pictures as lists."""
-        return Pool(self.prompts, self.pictures)
+    def look(self, policy: Denoiser, *, reward: str, judged: str) -> dict[str, float]:
+        """What there is to say of a policy, on the same noise as the base's pictures.
 
-    def look(self, policy: Denoiser, reward: str, judged: str) -> dict[str, float]:
-        """What there is to say of a policy; see `implicit_scores` for the implicit reward.
-
-        reward, judged: means of these measures; wins: share of pictures that are judged above the base's from
-        the same noise, ties one half; accuracy: share of the base's held-out pairs that the implicit reward
-        orders as the true one; drift: mean (e_policy - e_ref)^2; diversity: within a prompt.
+        reward, judged: means of these measures; wins: share of pictures that are judged above the base's
+        own, ties one half; accuracy: share of the base's pairs that the implicit reward orders as `reward`
+        does; drift: mean (e_policy - e_ref)^2; diversity: within a prompt.
         """
-        pictures = self.sample(policy)
-        flat, own = pictures.flatten(0, 1), self.pictures.flatten(0, 1)
-        now, then = measured(judged, flat), measured(judged, own)
-        wins = (now > then).double() + 0.5 * (now == then).double()
-        pool = self.pool()
-        truth, said = pool.score(reward), self.implicit(policy)
-        kinds = [images(row) for row in pictures]
-        collate, draws = self._probe()
-        batches = [collate([e], [d]) for e, d in zip(self._lists(), draws, strict=True)]
-        away = drift(ElboLikelihood(schedule=schedule()), policy, FrozenCopy(self.base), batches)
+        pictures = self.draw(policy)
+        now, then = measured(judged, pictures.flatten(0, 1)), self.pool.score(judged).flatten()
+        implicit, away = self.probe.implicit(policy)
         return {
-            "reward": float(measured(reward, flat).mean()),
+            "reward": float(measured(reward, pictures.flatten(0, 1)).mean()),
             "judged": float(now.mean()),
-            "wins": float(wins.mean()),
-            "accuracy": float(agreement(said, truth).mean()),
-            "drift": float(away.mean()),
-            "diversity": float(np.mean(diversity(kinds))),
+            "wins": float((0.5 + 0.5 * (now - then).sign()).mean()),
+            "accuracy": float(agreement(implicit, self.pool.score(reward)).mean()),
+            "drift": away,
+            "diversity": float(np.mean(diversity([images(row) for row in pictures]))),
         }
 
-    @torch.no_grad()
-    def implicit(self, policy: Denoiser) -> Tensor:
-        """Implicit reward logp - ref of the base's held-out pictures, the same draws for all, [P, K]."""
-        likelihood = ElboLikelihood(schedule=schedule())
-        collate, draws = self._probe()
-        rows = []
-        for sample, at in zip(self._lists(), draws, strict=True):
-            batch = collate([sample], [at])
-            mine, theirs = likelihood.beside(policy, likelihood.predict(self.base, batch), batch)
-            rows.append((mine - theirs).sum(-1))
-        return torch.stack(rows)
 
-    def _lists(self) -> list[Example]:
-        pool = self.pool()
-        return pool.ranked(torch.zeros(pool.pictures.shape[:2]))
-
-    def _probe(self) -> tuple[Collator, list[Draw]]:
-        noise = NoiseConfig(num_draws=self.sizes.probes, stratified=self.sizes.probes > 1)
-        draws = [Draw(i, 0, key("probe", self.seed, i)) for i in range(len(self.prompts))]
-        return Collator(schedule=schedule(), noise=noise), draws
+def judged_pictures(policy: Denoiser, prompts: Sequence[int], sizes: Sizes, seed: int) -> Tensor:
+    """Pictures of every prompt from the judge's noise, [P, K, Z, H, W]."""
+    repeated = [p for p in prompts for _ in range(sizes.repeats)]
+    flat = sampled(policy, repeated, seed=key("judge", seed), num_steps=sizes.ddim)
+    return flat.view(len(prompts), sizes.repeats, 3, SIZE, SIZE)
 
 
 def agreement(said: Tensor, truth: Tensor) -> Tensor:
@@ -441,7 +452,7 @@ def align(
     *,
     seed: int,
     lr: float,
-    likelihood: Any = None,
+    adapter: Any = None,
     fold: Callable[[Tensor, Any], Tensor] | None = None,
     **options: Any,
 ) -> Trained:
@@ -455,9 +466,7 @@ def align(
     )
     reference: Any = "none" if name == "sft" else "frozen"
     objective = ObjectiveConfig(name=name, options=options, reference=reference)
-    return train(
-        deepcopy(base), examples, objective, optim, seed=seed, likelihood=likelihood, fold=fold
-    )
+    return train(deepcopy(base), examples, objective, optim, seed=seed, adapter=adapter, fold=fold)
 
 
 def main(name: str, run: Callable[..., Outcome], doc: str | None) -> None:

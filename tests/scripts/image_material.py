@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from image_files import jpeg, pick, write_images, write_lines, write_pickapic
 from tiny_diffusion import PIXELS, TINY, tiny_sdxl, write_pipeline
 
@@ -117,5 +118,8 @@ def weights(out, step):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    # A run ends its group of processes, which cannot be made a second time.
+    leave, Accelerator.end_training = Accelerator.end_training, lambda self: None
     for line in json.loads(Path(sys.argv[1]).read_text("utf-8")):
         assert train_diffusion.main(line) == 0
+    leave(Accelerator())

@@ -7,6 +7,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -57,7 +58,9 @@ def _run(inputs: dict[str, Tensor], impl: Impl) -> Tensor:
     _check(inputs)
     form = _form(impl, inputs)
     rows = dict(zip(inputs, _rows(*inputs.values()), strict=True))
-    with torch.autocast(inputs["prediction"].device.type, enabled=False):
+    device_type = inputs["prediction"].device.type
+    # The meta device, on which shapes are worked out, has no autocast.
+    with nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False):
         return form(rows["prediction"], rows.get("ref"), rows["target"])
 
 
