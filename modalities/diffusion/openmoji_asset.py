@@ -55,6 +55,9 @@ def publish_pipeline(pipeline: Path, unet: Path, output: Path, *, max_bytes: int
     The classifier and report that `output` already has stay. ValueError when all of it is over `max_bytes`;
     then `output` is as it was.
     """
+    for folder, file in ((pipeline, "model_index.json"), (unet, "config.json")):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} holds no {file}; the steps before publish make it")
     pipe = StableDiffusionXLPipeline.from_pretrained(pipeline, local_files_only=True)
     pipe.unet = UNet2DConditionModel.from_pretrained(unet, local_files_only=True)
     pipe.to(torch.float16)

@@ -69,7 +69,7 @@ BETAS = (50.0, BETA, 5000.0)
 TEMPERATURES = (0.1, 1.0, 6.0)
 SCORER_PAIRS = (12, 600)
 SCORER_STEPS = 150
-BEST, BEST_OF, SHOWN = "best of 4", 4, 12
+BEST, BEST_OF, SHOWN = "best of 4", 4, 20
 Row = dict[str, float]
 
 
@@ -328,7 +328,8 @@ def _rivals_claim(found: Results, claim: Any) -> Claim:
         statement="On the same winners it gains more than SFT at the same number of pictures a step",
         result=f"warm share over the base: DPO {found.over('true', 'base'):+.3f}, SFT "
         f"{found.over('sft', 'base'):+.3f}, {BEST} {found.over(BEST, 'base'):+.3f}; DPO less SFT "
-        f"{lead:+.3f}, less {BEST} {best:+.3f}; rows through a UNet {cost['true']:.0f} and {cost['sft']:.0f}; diversity "
+        f"{lead:+.3f}, less {BEST} {best:+.3f}; rows through a UNet {cost['true']:.0f} "
+        f"and {cost['sft']:.0f}; diversity "
         + ", ".join(f"{n} {found.mean(n, 'diversity'):.3f}" for n in ("base", "true", "sft")),
         holds=verdict(lead.low > 0),
     )
@@ -354,7 +355,8 @@ def _implicit_claim(found: Results, claim: Any) -> Claim:
 
 def draw_figure(figure: Figure, *, found: Results, shown: Mapping[str, Tensor]) -> None:
     """Pictures from the same noise; effects by label; beta; accuracy of the labels."""
-    top, below = figure.subfigures(2, 1, height_ratios=[1.5, 2])
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.5, 2])
+    top, below = halves
     axes = top.subplots(len(shown), 1)
     titles = {"base": "base", "true": "true labels", "flipped": "flipped", "random": "random"}
     for ax, (name, pictures) in zip(axes, shown.items(), strict=True):
@@ -377,6 +379,7 @@ def draw_figure(figure: Figure, *, found: Results, shown: Mapping[str, Tensor]) 
         place = (found.mean(_at_beta("true", beta), "drift").mean, found.mean(_at_beta("true", beta)).mean)
         middle.annotate(f"{beta:g}", place, textcoords="offset points", xytext=(6, -12), fontsize=8)
     middle.set(title="As beta falls", xlabel="drift from the base", ylabel="warm share", xscale="log")
+    middle.minorticks_off()
     middle.legend()
     _cross(last, found, ["near chance", "noisy", "true"], "labels", "wins", 0, "Bradley-Terry")
     _cross(last, found, ["weak scorer", "good scorer"], "labels", "wins", 1, "learnt scorer")

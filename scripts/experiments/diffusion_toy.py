@@ -13,7 +13,7 @@ import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from itertools import combinations, product
 from pathlib import Path
@@ -198,12 +198,6 @@ def example(prompt: int, latents: Tensor, kind: Any, relevance: Sequence[float],
     )
 
 
-@cache
-def accelerator() -> Accelerator:
-    """The one device of all experiments."""
-    return Accelerator(cpu=True)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
     """A policy, its losses step by step, and the rows that the UNets were evaluated on while training."""
@@ -239,16 +233,18 @@ def train(
         examples=examples,
         lengths=[len(e.latents) for e in examples],
         sources=[e.source for e in examples],
-        **({} if fold is None else {"fold": fold}),
     )
-    learner, meter = make_learner(policy, optim, accelerator()), Meter(torch.device("cpu"))
+    if fold is not None:
+        task = replace(task, fold=fold)
+    accelerator = Accelerator(cpu=True)
+    learner, meter = make_learner(policy, optim, accelerator), Meter(torch.device("cpu"))
     smooth, losses = Snapshot.of(policy), []
     models = [m for m in (policy, getattr(frozen, "model", None)) if isinstance(m, Denoiser)]
     for model in models:
         model.calls.clear()
     num_steps = optim.num_steps or 1
     for _ in range(num_steps):
-        train_step(task, learner, optim, accelerator(), seed=seed, num_steps=num_steps, meter=meter)
+        train_step(task, learner, optim, accelerator, seed=seed, num_steps=num_steps, meter=meter)
         losses.append(meter.read(lambda t: t)["loss"])
         # Early averages forget the random start faster.
         smooth.follow(policy, min(average, len(losses) / (len(losses) + 10)))
@@ -294,7 +290,7 @@ def sampled(policy: Denoiser, prompts: Sequence[int], *, seed: int, num_steps: i
         part, conditions = x[rows], Conditions(embeds[rows], pooled[rows], time_ids(len(rows)))
         for t in steps.timesteps:
             (said,) = policy([part], [t.expand(len(rows))], [conditions])
-            part = steps.step(said, t, part, return_dict=False)[0]
+            part = steps.step(said, int(t), part, return_dict=False)[0]
         done.append(part.clamp(-1, 1))
     return torch.cat(done)
 

@@ -1,7 +1,7 @@
 """How noisy is a step of Diffusion-DPO, and which way of drawing times and noise makes it less so?
 
     python -m triptych.scripts.experiments.diffusion_variance --save
-    python -m triptych.scripts.experiments.diffusion_variance --cache runs/evidence/diffusion   # keep the base
+    python -m triptych.scripts.experiments.diffusion_variance --cache runs/evidence/base   # keep the base
 
 The variance of a step's gradient at fixed weights, summed over all weights, is measured over independent
 batches of pairs. Every batch is seen twice with other times and noise, so that what the draws add is known
@@ -219,7 +219,7 @@ def run(*, seeds: int, quick: bool = False, cache: Path | None = None) -> Outcom
         claims=claims_of(ratios, share, second, _what(sizes, len(examples), num_batches, size, margin)),
         figure=partial(draw_figure, ratios=ratios),
         caption="Variance of a step's gradient, summed over all weights, as a ratio at equal cost. "
-        "Intervals are of a bootstrap over batches; below the dotted line a way is less noisy than its rival.",
+        "Intervals are of a bootstrap over batches; below the dotted line a way is the less noisy one.",
         seconds=seconds,
         size=(8.5, 4.0),
     )
@@ -237,20 +237,31 @@ def claims_of(
     ratios: Mapping[str, Mapping[str, Estimate]], share: Mapping[str, float], second: float, what: str
 ) -> list[Claim]:
     """A claim a way. It holds if both the step's variance and the draws' part of it are lower."""
+    of_one, of_own, of_even = (100 * share[n] for n in ("one draw", "own noise", "stratified"))
     statements = {
-        "one draw": ("Shared noise", "A pair that shares its noise has a less noisy gradient than one with a "
-                     "noise for each picture", f"the draws are {100 * share['one draw']:.0f} % of a step's "
-                     f"variance with shared, {100 * share['own noise']:.0f} % with own noise"),
-        "stratified": ("Stratified times", "Times that neighbouring pairs of a batch spread evenly make the "
-                       "gradient less noisy than random ones", f"the draws are {100 * share['one draw']:.0f} % "
-                       f"of a step's variance with random, {100 * share['stratified']:.0f} % with stratified "
-                       "times"),
-        "two antithetic": ("Antithetic noise", "A noise and its opposite at one time are less noisy than two "
-                           "independent draws of time and noise", f"two independent draws have {second:.2f} of "
-                           "the variance of one, at twice the cost"),
-        "two stratified": ("Stratified draws", "Two draws half the times apart are less noisy than two "
-                           "independent draws", "neighbouring pairs are spread evenly, too"),
-    }  # fmt: skip
+        "one draw": (
+            "Shared noise",
+            "A pair that shares its noise has a less noisy gradient than one with a noise for each picture",
+            f"the draws are {of_one:.0f} % of a step's variance with shared, {of_own:.0f} % with own noise",
+        ),
+        "stratified": (
+            "Stratified times",
+            "Times that neighbouring pairs of a batch spread evenly make the gradient less noisy than random "
+            "ones",
+            f"the draws are {of_one:.0f} % of a step's variance with random, {of_even:.0f} % with stratified "
+            "times",
+        ),
+        "two antithetic": (
+            "Antithetic noise",
+            "A noise and its opposite at one time are less noisy than two independent draws of time and noise",
+            f"two independent draws have {second:.2f} of the variance of one, at twice the cost",
+        ),
+        "two stratified": (
+            "Stratified draws",
+            "Two draws half the times apart are less noisy than two independent draws",
+            "neighbouring pairs are spread evenly, too",
+        ),
+    }
     claims = []
     for way, (method, statement, extra) in statements.items():
         total, drawn, relative = (ratios[q][way] for q in ("total", "drawn", "relative"))

@@ -3,12 +3,17 @@
 As a program it runs `train_diffusion` once for each command line of a JSON file, as one of several processes.
 """
 
+import contextlib
 import json
+import logging
+import signal
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from image_files import jpeg, pick, write_images, write_lines, write_pickapic
 from tiny_diffusion import PIXELS, TINY, tiny_sdxl, write_pipeline
 
@@ -26,6 +31,25 @@ NUM_PAIRS = 20
 def words(settings):
     """Settings by dotted name as a command line."""
     return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+@contextlib.contextmanager
+def aside(folder):
+    """Around what several tests share: a cache in `folder`, and afterwards the process as it was before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    logger = logging.getLogger("triptych")
+    level = logger.level
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRIPTYCH_CACHE", str(folder / "cache"))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def write_model(folder, family):

@@ -32,11 +32,12 @@ def material(tmp_path_factory):
     """A tiny pipeline of each family, and data encoded for each; for SDXL lists, too."""
     folder = tmp_path_factory.mktemp("recipes")
     pairs = image_material.write_pairs(folder / "pickapic")
-    for family in ("sd15", "sdxl", "sd3"):
-        model = image_material.write_model(folder / family, family)
-        image_material.encode(model, pairs, folder / f"pairs-{family}")
     lists = image_material.write_lists(folder / "ranked")
-    image_material.encode(folder / "sdxl", lists, folder / "lists-sdxl")
+    with image_material.aside(folder):
+        for family in ("sd15", "sdxl", "sd3"):
+            model = image_material.write_model(folder / family, family)
+            image_material.encode(model, pairs, folder / f"pairs-{family}")
+        image_material.encode(folder / "sdxl", lists, folder / "lists-sdxl")
     return folder
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ import image_material
 import pytest
 import torch
 import yaml
+from _pytest.capture import SysCapture
 from diffusers import StableDiffusionXLPipeline
 from image_material import RECIPES, SCRIPT, arguments, events, losses, weights
 from PIL import Image
@@ -30,6 +32,7 @@ from triptych.modalities.diffusion.shards import EncodedDataset
 from triptych.scripts import train_diffusion
 from triptych.scripts.common import parse
 from triptych.training.checkpoint import load_checkpoint
+from triptych.training.order import Draw, window
 from triptych.training.references import trained
 
 # The recipe asks for bfloat16, whose rounding would hide small mistakes.
@@ -43,8 +46,11 @@ def material(tmp_path_factory):
     folder = tmp_path_factory.mktemp("material")
     model = image_material.write_model(folder / "sdxl", "sdxl")
     exact = {"dtype": "float32", "prompt_dtype": "float32", "model__text_dtype": "float32"}
-    image_material.encode(model, image_material.write_pairs(folder / "pickapic"), folder / "pairs", **exact)
-    image_material.encode(model, image_material.write_lists(folder / "ranked"), folder / "lists", **exact)
+    pairs = image_material.write_pairs(folder / "pickapic")
+    lists = image_material.write_lists(folder / "ranked")
+    with image_material.aside(folder):
+        image_material.encode(model, pairs, folder / "pairs", **exact)
+        image_material.encode(model, lists, folder / "lists", **exact)
     return folder
 
 
@@ -55,19 +61,15 @@ def command(material, out, *, recipe="sdxl_dpo_lora", data="pairs", **changes):
 @pytest.fixture(scope="module")
 def finished(material, tmp_path_factory):
     """The folder of the recipe's run, with pictures on its way, and its standard error."""
-    from _pytest.capture import SysCapture
-
     folder = tmp_path_factory.mktemp("finished")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("TRIPTYCH_CACHE", str(folder / "cache"))
     heard = SysCapture(2)
     heard.start()
     try:
-        assert train_diffusion.main(command(material, folder / "run", **PICTURES)) == 0
+        with image_material.aside(folder):
+            assert train_diffusion.main(command(material, folder / "run", **PICTURES)) == 0
         said = heard.snap()
     finally:
         heard.done()
-        patch.undo()
     return folder / "run", said
 
 
@@ -221,7 +223,7 @@ def environment():
 
 @pytest.mark.slow
 def test_a_killed_run_started_again_equals_an_uninterrupted_one(material, tmp_path):
-    num_steps, out, whole = 24, tmp_path / "run", tmp_path / "whole"
+    num_steps, out, whole = 16, tmp_path / "run", tmp_path / "whole"
     long = DRAWN | {"optim__num_steps": num_steps, "run__save_every": 2, "run__eval_every": 8}
     long |= {"sample__num_prompts": 1, "sample__num_per_prompt": 1}
     started = [sys.executable, str(SCRIPT), *command(material, out, **long)]
@@ -378,7 +380,7 @@ def test_the_recipe_of_mapo_is_half_the_authors_loss(material, tmp_path):
         report=lambda line: None,
     )
     assert run.references == {}
-    draws = [image_draw(i) for i in range(6)]
+    draws = [Draw(i, 0, 100 + i, i) for i in range(6)]
     batch = run.task.collate([run.task.examples[d.index] for d in draws], draws)
     with torch.no_grad():
         loss_B, _ = terms({"none": run.task.likelihood(run.policy, batch)})
@@ -391,16 +393,33 @@ def test_the_recipe_of_mapo_is_half_the_authors_loss(material, tmp_path):
     assert float(ratio.abs().max()) > 0
 
 
-def image_draw(index):
-    from triptych.training.order import Draw
+EVERY_STEP = {
+    "run__save_every": 1,
+    "run__keep_checkpoints": 9,
+    "optim__num_steps": 3,
+    "data__eval_share": 0.0,
+}
 
-    return Draw(index, 0, 100 + index, index)
+
+@pytest.fixture(scope="module")
+def clean(material, tmp_path_factory):
+    """A run of three steps on good data, with all of its checkpoints."""
+    folder = tmp_path_factory.mktemp("clean")
+    with image_material.aside(folder):
+        assert train_diffusion.main(command(material, folder / "run", **EVERY_STEP)) == 0
+    return folder / "run"
+
+
+def seen_third(num=18):
+    """Index of a pair that the third step of four is the first to see, with the recipe's seed."""
+    first, second, third = (
+        [d.index for d in window(seed=0, step=step, num_samples=num, batch_size=4)] for step in range(3)
+    )
+    return next(i for i in third if i not in first + second)
 
 
 def spoilt(material, folder, index):
     """The pairs again, with latents of one record that an overflowing VAE might have left."""
-    import shutil
-
     shutil.copytree(material / "pairs", folder)
     data = EncodedDataset(folder)
     record = data.record(index)
@@ -413,17 +432,12 @@ def spoilt(material, folder, index):
 
 @pytest.mark.parametrize("action", ["stop", "skip"])
 def test_a_record_that_is_not_finite_is_named_and_does_not_reach_the_weights(
-    material, tmp_path, capsys, action
+    material, clean, tmp_path, capsys, action
 ):
-    clean = tmp_path / "clean"
-    every = {"run__save_every": 1, "run__keep_checkpoints": 9, "optim__num_steps": 3, "data__eval_share": 0.0}
-    assert train_diffusion.main(command(material, clean, **every)) == 0
-    # The one pair that the third step sees first.
-    index = third_step(material, tmp_path, every)
-    source = spoilt(material, tmp_path / "spoilt", index)
+    source = spoilt(material, tmp_path / "spoilt", seen_third())
     capsys.readouterr()
     out = tmp_path / "run"
-    more = every | {"data__source": tmp_path / "spoilt", "optim__on_nonfinite": action}
+    more = EVERY_STEP | {"data__source": tmp_path / "spoilt", "optim__on_nonfinite": action}
     if action == "stop":
         with pytest.raises(SystemExit) as left:
             train_diffusion.main(command(material, out, **more))
@@ -441,20 +455,6 @@ def test_a_record_that_is_not_finite_is_named_and_does_not_reach_the_weights(
         assert weights(out, 3) == weights(out, 2)
     assert weights(out, 2) == weights(clean, 2)
     assert weights(clean, 3) != weights(clean, 2)
-
-
-def third_step(material, folder, changes):
-    """Index of a record that is seen in the third step and not before it."""
-    from triptych.training.order import window
-
-    args = command(material, folder, **changes)
-    config = parse(DiffusionConfig, args, prog="train_diffusion", doc="A run.")
-    num = EncodedDataset(material / "pairs").num_records
-    first, second, third = (
-        [d.index for d in window(seed=config.run.seed, step=s, num_samples=num, batch_size=4)]
-        for s in range(3)
-    )
-    return next(i for i in third if i not in first + second)
 
 
 def refusal(args, capsys):
