@@ -27,7 +27,8 @@ class NoiseConfig:
     of [0, 1) that is used. values: these times alone (a distilled model's few steps: 249, 499, 749, 999).
     num_draws: draws of time and noise that a likelihood is the mean of; each costs a forward.
     stratified: the times of one context's draws, and those of neighbouring contexts of a batch, are spread
-    evenly. antithetic: of two draws one has the other's time and its noise with the opposite sign.
+    evenly. antithetic: of two draws one has the other's noise with the opposite sign, each at a time of its
+    own (both at one time are noisier than two independent draws: the time matters more).
     shared: candidates of a context share time and noise; False draws noise for each, for comparison.
     """
 
@@ -86,7 +87,7 @@ def draw(
 
 
 def _times(config: NoiseConfig, schedule: Schedule, at: Draw, generator: torch.Generator) -> Tensor:
-    num = config.num_draws // 2 if config.antithetic else config.num_draws
+    num = config.num_draws
     u = torch.rand(num, generator=generator, dtype=torch.float64)
     if config.stratified:
         # The first draws of neighbouring contexts form a Kronecker sequence, whose every stretch is spread
@@ -104,7 +105,7 @@ def _times(config: NoiseConfig, schedule: Schedule, at: Draw, generator: torch.G
         times = u
     if not config.values:
         times = _model_times(times, schedule)
-    return times.repeat_interleave(2) if config.antithetic else times
+    return times
 
 
 def _law(config: NoiseConfig, schedule: Schedule) -> str:

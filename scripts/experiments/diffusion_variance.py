@@ -60,6 +60,7 @@ WAYS = {
     "two draws": NoiseConfig(num_draws=2),
     "two antithetic": NoiseConfig(num_draws=2, antithetic=True),
     "two stratified": NoiseConfig(num_draws=2, stratified=True),
+    "two of both": NoiseConfig(num_draws=2, stratified=True, antithetic=True),
 }
 # Way -> what it is compared with, and how the figure calls it.
 AGAINST = {
@@ -67,6 +68,7 @@ AGAINST = {
     "stratified": ("one draw", "stratified\nfor random times"),
     "two antithetic": ("two draws", "antithetic pair\nfor two draws"),
     "two stratified": ("two draws", "stratified pair\nfor two draws"),
+    "two of both": ("two draws", "both at once\nfor two draws"),
 }
 
 
@@ -201,9 +203,9 @@ def draw_figure(figure: Figure, *, ratios: Mapping[str, Mapping[str, Estimate]])
 
 
 def run(*, seeds: int, quick: bool = False, cache: Path | None = None) -> Outcome:
-    """Every way at one set of weights; seeds: of batches, at least 48 of them at full size."""
+    """Every way at one set of weights; seeds: of batches, at least 96 of them at full size."""
     sizes: Sizes = QUICK if quick else replace(FULL, lists=1, steps=20, images=2 * BATCH)
-    num_batches, size = (6, 4) if quick else (max(48, seeds), BATCH)
+    num_batches, size = (6, 4) if quick else (max(96, seeds), BATCH)
     with stopwatch() as elapsed:
         base = pretrained(sizes.pretraining, cache)
         examples = labelled(make_pool(base, sizes, seed=0))
@@ -253,12 +255,17 @@ def claims_of(
         ),
         "two antithetic": (
             "Antithetic noise",
-            "A noise and its opposite at one time are less noisy than two independent draws of time and noise",
+            "A noise and its opposite, each at its own time, are less noisy than two independent draws",
             f"two independent draws have {second:.2f} of the variance of one, at twice the cost",
         ),
         "two stratified": (
             "Stratified draws",
             "Two draws half the times apart are less noisy than two independent draws",
+            "neighbouring pairs are spread evenly, too",
+        ),
+        "two of both": (
+            "Stratified and antithetic",
+            "A noise and its opposite, half the times apart, are less noisy than two independent draws",
             "neighbouring pairs are spread evenly, too",
         ),
     }
