@@ -114,6 +114,8 @@ def train_namer(
     report: Callable[[str], None] = print,
 ) -> Namer:
     """Train a classifier of the emojis from nothing; every second picture was through the autoencoder."""
+    if num_steps < 10:
+        raise ValueError(f"num_steps={num_steps} must be at least 10, for its schedule of learning rates")
     generator = torch.Generator().manual_seed(seed)
     real = pixels_of([emoji.image for emoji in emojis])
     again = [reconstruct(autoencoder, real, noise=0.0, generator=generator)]

@@ -22,7 +22,7 @@ def test_the_steps_follow_each_other_on_tiny_sizes(tmp_path, capsys):
     main(["pipeline", *runs])
     made, classifier = str(tmp_path / "pipeline"), str(tmp_path / "classifier")
     sizes = ["--pipeline", made, "--limit", "4"]
-    main(["classifier", *runs, *sizes, "--num-steps", "2", "--output", classifier])
+    main(["classifier", *runs, *sizes, "--num-steps", "10", "--output", classifier])
     assert "drawn, top 1" in capsys.readouterr().out
 
     sheet, report = tmp_path / "sheet.png", tmp_path / "report.json"
