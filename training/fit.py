@@ -222,7 +222,11 @@ def fit(
     try:
         found = session.start()
         if found is not None and average is not None:
-            average.load(learner.policy, found.tensors["average"])
+            if "average" in found.tensors:
+                average.load(learner.policy, found.tensors["average"])
+            else:
+                # The checkpoint is of a run without one, which resume_override allows.
+                average.take(learner.policy)
         if session.advance(task, session.num_steps, seed=run.seed) and average is not None:
             average.put(learner.policy)
     finally:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -149,6 +151,7 @@ def set_up(
     report(_beta_line(terms, config, data))
     # Everything that can be refused without the weights has been.
     model = load_denoiser(source, config.model)
+    _check_sizes(data, model, source)
     base_hash = content_hash(model)
     torch.manual_seed(config.run.seed)
     policy = Denoiser(adapt(model, config.model)).to(device)
@@ -188,10 +191,10 @@ def fill_references(
     for slot, reference in list(run.references.items()):
         if not isinstance(reference, Cached):
             continue
-        batches = _batches_to_come(run)[accelerator.process_index :: accelerator.num_processes]
-        computed = 0
-        with bar("reference", len(batches)) as progress:
-            for done, (task, draws) in enumerate(batches, start=1):
+        rank, num_ranks, computed = accelerator.process_index, accelerator.num_processes, 0
+        mine = islice(_batches_to_come(run), rank, None, num_ranks)
+        with bar("reference", len(range(rank, _num_batches_to_come(run), num_ranks))) as progress:
+            for done, (task, draws) in enumerate(mine, start=1):
                 # As in training, data is put together outside of the low precision.
                 batch = task.collate([task.examples[d.index] for d in draws], draws)
                 with accelerator.autocast():
@@ -205,10 +208,9 @@ def fill_references(
         report(f"reference: {len(reference.store)} cached images at their noise, {computed} computed now")
 
 
-def _batches_to_come(run: DiffusionRun) -> list[tuple[Task, list[Draw]]]:
+def _batches_to_come(run: DiffusionRun) -> Iterator[tuple[Task, list[Draw]]]:
     """Every micro-batch of the run and of its held-out evaluation, as one process would cut them."""
     config, task = run.config, run.task
-    found: list[tuple[Task, list[Draw]]] = []
     for step in range(planned_steps(config.optim, len(task.examples))):
         draws = window(
             seed=config.run.seed,
@@ -216,13 +218,20 @@ def _batches_to_come(run: DiffusionRun) -> list[tuple[Task, list[Draw]]]:
             num_samples=len(task.examples),
             batch_size=config.optim.batch_size,
         )
-        cuts = micro_batches(
+        for cut in micro_batches(
             draws, task.lengths, rank=0, num_ranks=1, micro_batch_size=config.optim.micro_batch_size
-        )
-        found += [(task, cut) for cut in cuts]
+        ):
+            yield task, cut
     if run.eval_task is not None:
-        found += [(run.eval_task, cut) for cut in _eval_cuts(run.eval_task, config)]
-    return found
+        for cut in _eval_cuts(run.eval_task, config):
+            yield run.eval_task, cut
+
+
+def _num_batches_to_come(run: DiffusionRun) -> int:
+    optim, size = run.config.optim, run.config.evaluation.micro_batch_size
+    held_out = 0 if run.eval_task is None else math.ceil(len(run.eval_task.examples) / size)
+    steps = planned_steps(optim, len(run.task.examples))
+    return steps * math.ceil(optim.batch_size / optim.micro_batch_size) + held_out
 
 
 def _eval_cuts(task: Task, config: DiffusionConfig) -> Iterator[list[Draw]]:
@@ -259,6 +268,18 @@ def _check_encoded(data: DiffusionData, kind: str, source: str) -> None:
         raise ValueError(
             f"the data was encoded for a model of the kind {encoded}, and {source} is {kind}: encode it "
             "again with scripts/encode_images.py --model.name_or_path"
+        )
+
+
+def _check_sizes(data: DiffusionData, model: Any, source: str) -> None:
+    """Refuse latents or prompts of other sizes than the model takes: SD 2's data for SD 1.5, say."""
+    takes = model.config
+    width = takes.get("joint_attention_dim") or takes.get("cross_attention_dim")
+    given = (data.shape[0], data.empty.embeds.shape[-1])
+    if given != (takes["in_channels"], width):
+        raise ValueError(
+            f"the data has {given[0]} latent channels and {given[1]} numbers a prompt token, and {source} "
+            f"takes {takes['in_channels']} and {width}: encode it again for this model"
         )
 
 

@@ -28,9 +28,7 @@ from triptych.training.references import Cached, FrozenCopy
 from triptych.training.values import ValueStore
 
 D = torch.float64
-EPSILON = schedule_of(
-    DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-)
+EPSILON = schedule_of(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"))
 FLOW = Schedule("flow")
 DDIM = StepLikelihood(schedule=EPSILON, rule=Ddim(eta=1.0))
 SHAPE = (4, 8, 8)
