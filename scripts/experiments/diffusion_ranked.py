@@ -285,7 +285,8 @@ def claims_of(found: Results, exact: tuple[float, float], sizes: Sizes, num_seed
             "evaluations",
             result=f"rank_dpo less dpo: hidden reward {ranked['reward']:+.4f}, warm hues "
             f"{ranked['judged']:+.3f}; less random labels: rank_dpo "
-            f"{gap('rank_dpo', 'random', 'reward'):+.4f}, plackett_luce {luce:+.4f}, sft on the best {imitated:+.4f}",
+            f"{gap('rank_dpo', 'random', 'reward'):+.4f}, plackett_luce {luce:+.4f}, sft on the best "
+            f"{imitated:+.4f}",
             holds=positive(ranked["reward"]),
         ),
         claim(
