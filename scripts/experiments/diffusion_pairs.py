@@ -285,10 +285,17 @@ def _beta_claim(found: Results, claim: Any) -> Claim:
     ]
     return claim(
         statement="As beta falls, the effect over random labels of the same beta rises and the drift grows",
-        result="; ".join(points) + f"; steps down in beta, from the largest: effect {gains[1]:+.3f}, "
+        result="; ".join(points)
+        + f"; effects {falling(net)}; steps down in beta, from the largest: effect {gains[1]:+.3f}, "
         f"{gains[0]:+.3f}, drift {grown[1]:+.3f}, {grown[0]:+.3f}",
         holds=verdict(*(e.low > 0 for e in (*gains, *grown))),
     )
+
+
+def falling(values: Sequence[Tensor]) -> str:
+    """In how many seeds values [S] of several arms fall from arm to arm: what wide intervals hide."""
+    ordered = torch.stack([a > b for a, b in pairwise(values)]).all(0)
+    return f"falling in this order in {int(ordered.sum())} of {len(ordered)} seeds"
 
 
 def _at_beta(labels: str, beta: float) -> str:
@@ -302,7 +309,8 @@ def _accuracy_claim(found: Results, claim: Any) -> Claim:
     return claim(
         statement="The win rate against the base grows with the accuracy of the labels",
         result="; ".join(points)
-        + f"; steps {steps[0]:+.3f} and {steps[1]:+.3f}; random labels {found.mean('random', 'wins'):.3f}",
+        + f", {falling([found.of(n, 'wins') for n in names])}; steps {steps[0]:+.3f} and {steps[1]:+.3f}; "
+        f"random labels {found.mean('random', 'wins'):.3f}",
         holds=verdict(*(step.low > 0 for step in steps)),
     )
 
@@ -315,8 +323,9 @@ def _scorer_claim(found: Results, claim: Any) -> Claim:
         method="Diffusion-DPO, AI feedback",
         statement="Labels of a learnt scorer teach more the better it is, and a good one's nearly as much as "
         "the true ones",
-        result=f"warm share less the control: {', '.join(points)}; good less weak {step:+.3f}, true less "
-        f"good {left:+.3f}",
+        result=f"warm share less the control: {', '.join(points)}; good and weak "
+        f"{falling([found.of(n) for n in reversed(names[:2])])}; good less weak {step:+.3f}, true less good "
+        f"{left:+.3f}",
         holds=verdict(step.low > 0, left.high < 0.5 * found.over("true").mean),
     )
 

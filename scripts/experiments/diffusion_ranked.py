@@ -244,8 +244,8 @@ def claims_of(found: Results, exact: tuple[float, float], sizes: Sizes, num_seed
     """What is compared, with intervals over seeds."""
     lists = sizes.lists * sizes.prompts
     what = (
-        f"{TOY}; {lists} lists of 4; five scorers: redness + {BIAS:g} x {', '.join(BIASES)} + noise "
-        f"{NOISE:g}; {sizes.steps} steps of {sizes.images} pictures, beta {BETA:g}, rate {RATE:g}; "
+        f"{TOY}; {lists} lists of 4 and five scorers (redness + {BIAS:g} x {', '.join(BIASES)}, "
+        f"noise {NOISE:g}), {sizes.steps} steps of {sizes.images} pictures, beta {BETA:g}, rate {RATE:g}; "
         f"{sizes.judged} held-out prompts x {sizes.repeats} pictures, {sizes.ddim} DDIM steps; "
         f"{num_seeds} seeds"
     )
@@ -259,7 +259,7 @@ def claims_of(found: Results, exact: tuple[float, float], sizes: Sizes, num_seed
     single = {q: gap("dpo, one scorer", "random", q) for q in ("reward", "judged")}
     many = {q: gap("dpo", "random", q) for q in ("reward", "judged")}
     ranked = {q: gap("rank_dpo", "dpo", q) for q in ("reward", "judged")}
-    luce, imitated = (gap(name, "random", "reward") for name in ("plackett_luce", "sft"))
+    dcg, luce, imitated = (gap(n, "random", "reward") for n in ("rank_dpo", "plackett_luce", "sft"))
     top, bottom = (found.of("rank_dpo", q) - found.of("plackett_luce", q) for q in ("top", "bottom"))
     difference, tied = exact
     return [
@@ -285,7 +285,7 @@ def claims_of(found: Results, exact: tuple[float, float], sizes: Sizes, num_seed
             "evaluations",
             result=f"rank_dpo less dpo: hidden reward {ranked['reward']:+.4f}, warm hues "
             f"{ranked['judged']:+.3f}; less random labels: rank_dpo "
-            f"{gap('rank_dpo', 'random', 'reward'):+.4f}, plackett_luce {luce:+.4f}, sft on the best "
+            f"{dcg:+.4f}, plackett_luce {luce:+.4f}, sft on the best "
             f"{imitated:+.4f}",
             holds=positive(ranked["reward"]),
         ),

@@ -243,7 +243,8 @@ def claims_of(
     statements = {
         "one draw": (
             "Shared noise",
-            "A pair that shares its noise has a less noisy gradient than one with a noise for each picture",
+            "A pair that shares its noise has a gradient of lower variance than one with a noise for each "
+            "picture",
             f"the draws are {of_one:.0f} % of a step's variance with shared, {of_own:.0f} % with own noise",
         ),
         "stratified": (

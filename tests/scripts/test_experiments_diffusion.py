@@ -204,6 +204,12 @@ def test_a_relation_that_fails_is_not_said_to_hold():
     assert verdicts(fast={"accuracy": 0.5, "drift": 0.05})[6] is False
 
 
+def test_the_order_of_arms_is_counted_seed_by_seed():
+    first, second, third = torch.tensor([[3.0, 3.0, 3.0], [2.0, 1.0, 3.0], [1.0, 2.0, 1.0]])
+    # Seed 2 rises at the second step, seed 3 has a tie at the first.
+    assert pairs.falling([first, second, third]) == "falling in this order in 1 of 3 seeds"
+
+
 def test_a_small_run_reports_every_claim_with_numbers_and_draws(tmp_path):
     outcome = pairs.run(seeds=1, quick=True, cache=tmp_path)
     assert [c.method for c in outcome.claims].count("Diffusion-DPO") == 6

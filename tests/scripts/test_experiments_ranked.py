@@ -30,11 +30,11 @@ def test_variance_of_gradients_is_that_worked_by_hand():
 
 def test_variance_of_gradients_is_that_of_their_law():
     generator = torch.Generator().manual_seed(0)
-    context = 2 * torch.randn(4000, 1, 3, generator=generator)
-    spread = Spread.of(1 + context + torch.randn(4000, 2, 3, generator=generator))
-    rows = torch.arange(4000)
-    assert spread.total(rows) == pytest.approx(3 * (4 + 1), rel=0.05)
-    assert spread.drawn(rows) == pytest.approx(3, rel=0.05)
+    context = 2 * torch.randn(1000, 1, 3, generator=generator)
+    spread = Spread.of(1 + context + torch.randn(1000, 2, 3, generator=generator))
+    rows = torch.arange(1000)
+    assert spread.total(rows) == pytest.approx(3 * (4 + 1), rel=0.1)
+    assert spread.drawn(rows) == pytest.approx(3, rel=0.1)
     assert spread.mean_square(rows) == pytest.approx(3, abs=0.5)
 
 
