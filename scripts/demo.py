@@ -5,7 +5,7 @@
 
 llm: SmolLM2-135M-Instruct aligned with pairs of real customers' reviews; about 8 minutes on 2 CPU cores.
 images: the project's own small SDXL-class pipeline draws pictures, the redder of them is preferred, and
-Diffusion-DPO learns from the pairs; about 6 minutes.
+Diffusion-DPO learns from the pairs; about 5 minutes.
 """
 
 from __future__ import annotations
