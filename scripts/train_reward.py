@@ -21,7 +21,6 @@ from triptych.modalities.llm.review_features import review_rows
 from triptych.modalities.llm.reward_model import BodyConfig
 from triptych.modalities.llm.reward_setup import set_up_comparisons, set_up_ratings
 from triptych.modalities.llm.rewards import vader
-from triptych.modalities.llm.setup import EvaluationConfig
 from triptych.scripts.common import (
     StopSignal,
     as_dict,
@@ -35,7 +34,7 @@ from triptych.scripts.common import (
     versions,
 )
 from triptych.scripts.workplace import open_workplace
-from triptych.training.config import ObjectiveConfig, OptimConfig, RunConfig, flat
+from triptych.training.config import EvaluationConfig, ObjectiveConfig, OptimConfig, RunConfig, flat
 from triptych.training.evaluation import evaluate, identity_of, summary
 from triptych.training.feature_data import FeatureConfig
 from triptych.training.feature_setup import (

@@ -115,6 +115,20 @@ class RunConfig:
                 raise ValueError(f"run.{name}={getattr(self, name)} must be 0 (never) or positive")
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Held-out evaluation. micro_batch_size changes speed and memory, not results.
+
+    Objectives with a statistic of the batch, such as kto's baseline, take it over a micro-batch.
+    """
+
+    micro_batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.micro_batch_size < 1:
+            raise ValueError(f"evaluation.micro_batch_size={self.micro_batch_size} must be at least 1")
+
+
 def learning_rate(config: OptimConfig, *, step: int, num_steps: int) -> float:
     """Rate of step 0 <= step < num_steps: linear rise over the warm-up, then the schedule to min_lr_ratio.
 

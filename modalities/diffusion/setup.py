@@ -34,7 +34,7 @@ from triptych.modalities.diffusion.policy import Denoiser
 from triptych.modalities.diffusion.rollout import SampleConfig
 from triptych.modalities.diffusion.schedule import Schedule, Space, schedule_of
 from triptych.objectives import Terms
-from triptych.training.config import ObjectiveConfig, OptimConfig, RunConfig
+from triptych.training.config import EvaluationConfig, ObjectiveConfig, OptimConfig, RunConfig
 from triptych.training.fit import planned_steps
 from triptych.training.logs import Progress
 from triptych.training.loop import Task
@@ -67,17 +67,6 @@ class LikelihoodConfig:
     def __post_init__(self) -> None:
         if self.min_snr is not None and not self.min_snr > 0:
             raise ValueError(f"likelihood.min_snr={self.min_snr} must be positive; 5 is usual, null is none")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Held-out evaluation. micro_batch_size changes speed and memory, not results."""
-
-    micro_batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.micro_batch_size < 1:
-            raise ValueError(f"evaluation.micro_batch_size={self.micro_batch_size} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

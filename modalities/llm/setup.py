@@ -17,7 +17,7 @@ from triptych.modalities.llm.model import ModelConfig, adapt, load_model, load_t
 from triptych.modalities.llm.policy import TokenPolicy, supported_sharing
 from triptych.modalities.llm.tokenization import Example
 from triptych.objectives import Terms
-from triptych.training.config import ObjectiveConfig, OptimConfig, RunConfig
+from triptych.training.config import EvaluationConfig, ObjectiveConfig, OptimConfig, RunConfig
 from triptych.training.logs import Progress
 from triptych.training.loop import Task
 from triptych.training.order import longest_first
@@ -51,20 +51,6 @@ class SampleConfig:
             raise ValueError(f"sample.temperature={self.temperature} must be 0 (greedy) or positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sample.top_p={self.top_p} must be in (0, 1]")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """Held-out evaluation. micro_batch_size changes speed and memory, not results.
-
-    Objectives with a statistic of the batch, such as kto's baseline, take it over a micro-batch.
-    """
-
-    micro_batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.micro_batch_size < 1:
-            raise ValueError(f"evaluation.micro_batch_size={self.micro_batch_size} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
