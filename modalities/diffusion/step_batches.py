@@ -212,7 +212,7 @@ def _batch(
     stacks: dict[Any, list[int]] = defaultdict(list)
     for n, step in enumerate(steps):
         stacks[step.shape].append(n)
-    prompt = None if empty is None else _one_row(*empty)
+    prompt = None if empty is None else one_row(*empty)
     for group in stacks.values():
         _check_guided(steps[group[0]], prompt)
     common = _digest(likelihood.guidance, likelihood.reduction, *_tensors(prompt))
@@ -267,18 +267,19 @@ def _stack(steps: Sequence[_Step], moves: Transitions, index: Tensor, places: Te
     return StepStack(
         states=states,
         **{name: value.to(states.dtype) for name, value in numbers.items()},
-        conditions=_joined([steps[n].prompt for n in first]),
+        conditions=joined([steps[n].prompt for n in first]),
         nexts=full_precision(torch.stack([step.following for step in steps])),
         state_of=torch.tensor([row[step.start] for step in steps]),
         unit_of=places,
     )
 
 
-def _one_row(embeds: Tensor, pooled: Tensor | None) -> Conditions:
+def one_row(embeds: Tensor, pooled: Tensor | None) -> Conditions:
+    """Conditions of one row from embeds [L, D] and pooled [P]."""
     return Conditions(embeds[None], None if pooled is None else pooled[None])
 
 
-def _joined(prompts: Sequence[Conditions]) -> Conditions:
+def joined(prompts: Sequence[Conditions]) -> Conditions:
     """Conditions of one row each as one; they have the same parts."""
     pooled = [p.pooled for p in prompts if p.pooled is not None]
     ids = [p.time_ids for p in prompts if p.time_ids is not None]

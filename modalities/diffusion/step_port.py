@@ -24,12 +24,14 @@ class StepPort:
     """The port of a denoiser that samples with noise at every step. One unit is one denoising step.
 
     grid: the sampler's steps. prompts: conditions of one row by a context's key. empty: the empty prompt, if
-    and only if the likelihood is guided. States that candidates have in common are computed once.
+    and only if the likelihood is guided. shape: of a latent, (Z, H, W). States that candidates have in common
+    are computed once.
     """
 
     likelihood: StepLikelihood
     grid: Grid
     prompts: Mapping[str, Conditions]
+    shape: tuple[int, int, int]
     empty: Empty | None = None
 
     @property

@@ -6,6 +6,7 @@ one; S distinct states of one latent shape [Z, H, W], N steps that leave them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
@@ -155,21 +156,39 @@ class StepLikelihood:
         chosen, rejected = (LogLik(logp[:, i], count[:, i]) for i in (0, 1))
         return PairLogLik(chosen, rejected, strength=batch.strength, margin=batch.margin)
 
-    def _predictions(self, policy: Any, batch: StepBatch) -> list[Tensor]:
-        """The model's prediction at every state, [S, Z, H, W] a stack, guided."""
-        states = [stack.states for stack in batch.stacks]
-        times = [stack.times for stack in batch.stacks]
-        conditions = [stack.conditions for stack in batch.stacks]
+    def predict(
+        self,
+        policy: Any,
+        states: Sequence[Tensor],
+        times: Sequence[Tensor],
+        conditions: Sequence[Conditions],
+        empty: Conditions | None,
+    ) -> list[Tensor]:
+        """The model's prediction at the states of each stack, [S, Z, H, W], guided; sampling uses it, too.
+
+        empty: the empty prompt, one row, for guidance.
+        """
         if self.guidance == 1:
             return policy(states, times, conditions)
-        assert batch.empty is not None, "a guided likelihood's collator gives its batches the empty prompt"
+        assert empty is not None, "a guided likelihood's collator gives its batches the empty prompt"
         predictions = policy(
             [torch.cat([x, x]) for x in states],
             [torch.cat([t, t]) for t in times],
-            [_with_empty(batch.empty, c) for c in conditions],
+            [_with_empty(empty, c) for c in conditions],
         )
         halves = [full_precision(p).chunk(2) for p in predictions]
-        return [empty + self.guidance * (own - empty) for empty, own in halves]
+        return [without + self.guidance * (own - without) for without, own in halves]
+
+    def _predictions(self, policy: Any, batch: StepBatch) -> list[Tensor]:
+        """The prediction at every state of a batch, a stack each."""
+        stacks = batch.stacks
+        return self.predict(
+            policy,
+            [stack.states for stack in stacks],
+            [stack.times for stack in stacks],
+            [stack.conditions for stack in stacks],
+            batch.empty,
+        )
 
 
 def _with_empty(empty: Conditions, own: Conditions) -> Conditions:

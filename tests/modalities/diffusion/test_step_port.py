@@ -32,8 +32,11 @@ def port(**changes) -> StepPort:
     schedule = Schedule(prediction="epsilon", num_times=100, alphas_cumprod=ALPHAS)
     likelihood = StepLikelihood(schedule=schedule, rule=Ddim(eta=1.0))
     prompts = {key: Conditions(torch.full((1, 3, 4), float(i))) for i, key in enumerate("ab")}
-    options = {"likelihood": likelihood, "grid": ddim_grid(5, num_times=100, spacing="leading")} | changes
-    return StepPort(prompts=prompts, **options)
+    options = {
+        "likelihood": likelihood,
+        "grid": ddim_grid(5, num_times=100, spacing="leading", offset=1),
+    } | changes
+    return StepPort(prompts=prompts, shape=(2, 3, 3), **options)
 
 
 def states(num: int, seed: int = 0) -> torch.Tensor:
