@@ -12,63 +12,20 @@ import torch
 from triptych.modalities.llm.critic import CriticConfig, TokenCritic
 from triptych.modalities.llm.data import DataConfig
 from triptych.modalities.llm.model import ModelConfig, adapt, load_model, load_tokenizer, locate
-from triptych.modalities.llm.plugs import JUDGES, SOURCES
+from triptych.modalities.llm.plugs import PLUGS
 from triptych.modalities.llm.policy import TokenPolicy, supported_sharing
 from triptych.modalities.llm.port import TextPort
 from triptych.modalities.llm.prompt_data import PromptData, load_prompts
 from triptych.modalities.llm.sources import own_temperatures
 from triptych.modalities.llm.turn_metrics import turn_metrics
+from triptych.training import round_recipes
 from triptych.training.config import ObjectiveConfig, OptimConfig, RunConfig
-from triptych.training.judging import build_judge
 from triptych.training.plugs import PlugConfig
 from triptych.training.quarantine import Quarantine
 from triptych.training.references import AdapterOff, FrozenCopy, Reference, content_hash
+from triptych.training.round_recipes import AUTO, PartConfig, RoundSettings, StageConfig
 from triptych.training.rounds import Rounds
-from triptych.training.shapes import SHAPES, shape_for
-from triptych.training.stages import Keep, Part, Shape, Source, Stage
-
-AUTO = PlugConfig(name="auto")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PartConfig:
-    """Samples of their own whose loss is added at every step: an anchor.
-
-    weight: of its loss. batch_size: its samples a step. share: of a round's contexts. judge: none for
-    objectives that need no verdict.
-    """
-
-    name: str
-    source: PlugConfig
-    objective: ObjectiveConfig
-    judge: PlugConfig | None = None
-    shape: PlugConfig = AUTO
-    weight: float = 1.0
-    batch_size: int | None = None
-    share: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundSettings:
-    """num_contexts: prompts of a round. num_epochs: passes over a round's samples."""
-
-    num_rounds: int
-    num_contexts: int
-    num_epochs: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """One of several stages: what differs from the recipe's own plug points; null leaves them as they are."""
-
-    name: str
-    source: PlugConfig | None = None
-    judge: PlugConfig | None = None
-    shape: PlugConfig | None = None
-    objective: ObjectiveConfig | None = None
-    anchors: list[PartConfig] | None = None
-    keep: Keep | None = None
-    rounds: RoundSettings | None = None
+from triptych.training.stages import Keep, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +79,7 @@ class OnlineConfig:
 def stages_of(config: OnlineConfig) -> list[Stage]:
     """The stages of a recipe; ValueError, with the reason, for what could not mean what it says."""
     _check_settings(config)
-    single = StageConfig(name="rounds")
-    stages = [_stage(config, s) for s in config.stages or [single]]
+    stages = round_recipes.stages_of(config, PLUGS, has_critic=config.critic is not None)
     if config.critic is not None and not any(
         "value" in t.objective.uses for s in stages for p in s.parts for t in p.terms.terms
     ):
@@ -143,55 +99,6 @@ def _check_settings(config: OnlineConfig) -> None:
         raise ValueError(
             f"data.keep={', '.join(config.data.keep)}: rounds take labels from the judge and the shape"
         )
-
-
-def _stage(config: OnlineConfig, stage: StageConfig) -> Stage:
-    names = ("source", "judge", "shape", "objective", "anchors", "keep", "rounds")
-    given = {n: getattr(stage, n) if getattr(stage, n) is not None else getattr(config, n) for n in names}
-    main = PartConfig(
-        name="main",
-        source=given["source"],
-        judge=given["judge"],
-        shape=given["shape"],
-        objective=given["objective"],
-    )
-    rounds: RoundSettings = given["rounds"]
-    parts = [_part(p) for p in (main, *given["anchors"])]
-    return Stage(
-        name=stage.name,
-        parts=tuple(parts),
-        keep=given["keep"],
-        num_rounds=rounds.num_rounds,
-        num_contexts=rounds.num_contexts,
-        num_epochs=rounds.num_epochs,
-        has_critic=config.critic is not None,
-        modality="llm",
-    )
-
-
-def _part(config: PartConfig) -> Part:
-    terms = config.objective.terms()
-    source: Source = SOURCES.build(config.source.name, config.source.options)
-    objectives = [t.objective for t in terms.terms]
-    shape: Shape
-    if config.shape.name == "auto":
-        if config.shape.options:
-            raise ValueError(
-                f"shape 'auto' takes no options, not {', '.join(config.shape.options)}; name a shape"
-            )
-        shape = shape_for(*objectives, on_policy="logp" in source.provides)
-    else:
-        shape = SHAPES.build(config.shape.name, config.shape.options)
-    return Part(
-        source=source,
-        judge=None if config.judge is None else build_judge(config.judge, JUDGES),
-        shape=shape,
-        terms=terms,
-        weight=config.weight,
-        batch_size=config.batch_size,
-        share=config.share,
-        name=config.name,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
