@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from triptych.modalities.diffusion.outcome import Gallery, finish, sample_base
+from triptych.modalities.diffusion.gallery import Gallery, sample_base
+from triptych.modalities.diffusion.outcome import HeldOutDrift, finish
 from triptych.modalities.diffusion.setup import DiffusionConfig, fill_references, set_up
 from triptych.scripts.common import (
     StopSignal,
@@ -50,10 +51,11 @@ def run(config: DiffusionConfig) -> int:
     place.keep_first_config(config)
 
     fill_references(images, accelerator, report=report, bar=place.bar)
-    samples = sample_base(images, config, folder, report=report, bar=place.bar) if place.main else None
+    scene = images.scene()
+    samples = sample_base(scene, folder, report=report, bar=place.bar) if place.main else None
     place.start_trackers(config)
     learner = make_learner(images.policy, config.optim, accelerator)
-    gallery = Gallery(images, config, folder, samples, place.bar)
+    gallery = Gallery(scene, folder, samples, place.bar, HeldOutDrift(images))
 
     def held_out(policy):
         values = gallery.look(policy, learner.step) if place.main or is_sharded(policy) else {}

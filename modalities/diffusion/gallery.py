@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,20 +20,18 @@ from PIL import Image
 from torch import nn
 
 from triptych.modalities.diffusion.grids import grid
-from triptych.modalities.diffusion.likelihood import DiffusionBatch
-from triptych.modalities.diffusion.measures import diversity, drift, measure_of
+from triptych.modalities.diffusion.image_scoring import ImageScorer, build_scorer, scores_of_images
+from triptych.modalities.diffusion.measures import diversity, measure_of
 from triptych.modalities.diffusion.model import load_pipeline
-from triptych.modalities.diffusion.rollout import Embedded, Sampling, embed, generate
-from triptych.modalities.diffusion.setup import DiffusionConfig, DiffusionRun
+from triptych.modalities.diffusion.rollout import Embedded, embed, generate
+from triptych.modalities.diffusion.scene import Scene
 from triptych.training.atomic import clean_temporary, make_temporary, publish, write_json
 from triptych.training.evaluation import estimate
 from triptych.training.logs import Progress
-from triptych.training.order import Draw, key
-from triptych.training.references import AdapterOff, Cached, Reference, trained, unwrapped
+from triptych.training.references import trained, unwrapped
 from triptych.training.sharding import outside_root, whole
 
 Bar = Callable[[str, int], Progress]
-_DRIFT_CONTEXTS = 32
 _MAX_ROWS = 16
 
 
@@ -62,22 +60,24 @@ class Studio:
     The text encoders are used once and leave memory.
     """
 
-    def __init__(self, run: DiffusionRun, config: DiffusionConfig):
-        self.run, self.config = run, config
-        self.prompts = tuple(run.data.eval_prompts[: config.sample.num_prompts])
+    def __init__(self, scene: Scene):
+        self.scene = scene
+        self._scorers: dict[str, ImageScorer] = {
+            name: build_scorer(plug) for name, plug in scene.sample.scorers.items()
+        }
         self._made: tuple[Any, Embedded] | None = None
 
     def open(self) -> tuple[Any, Embedded]:
         """(pipeline without text encoders, prompts)."""
         if self._made is None:
-            policy = self.run.policy
-            pipeline = load_pipeline(self.run.source, self.config.model, denoiser=policy.model)
+            policy = self.scene.policy
+            pipeline = load_pipeline(self.scene.source, self.scene.model, denoiser=policy.model)
             parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
             device = next(policy.parameters()).device
             for part in parts.values():
                 if part is not policy.model:
                     part.to(device)
-            embedded = embed(pipeline, self.prompts)
+            embedded = embed(pipeline, self.scene.prompts)
             pipeline.register_modules(**{name: None for name in parts if name.startswith("text_encoder")})
             self._made = pipeline, embedded
         return self._made
@@ -87,48 +87,43 @@ class Studio:
 
         weights: hash of what the policy knows. Where the policy is sharded every rank calls this.
         """
-        about = {"settings": self.settings(), "weights": weights}
+        scene, about = self.scene, {"settings": self.scene.fingerprint(), "weights": weights}
         kept = _read(folder, about)
         if kept is None:
             pipeline, prompts = self.open()
-            sampling = self.sampling()
+            sampling = scene.sampling()
             total = len(prompts) * sampling.num_per_prompt
-            with outside_root(self.run.policy), self.autocast(), bar(total) as progress:
+            with outside_root(scene.policy), self.autocast(), bar(total) as progress:
                 kept = generate(pipeline, prompts, sampling, progress=progress.update)
             if PartialState().is_main_process:
-                _write(folder, about | {"prompts": self.prompts}, kept)
-        scores = {name: measure_of(name)(kept) for name in self.config.sample.measures}
-        return Pictures(self.prompts, self.config.sample.num_per_prompt, tuple(kept), scores)
+                _write(folder, about | {"prompts": scene.prompts}, kept)
+        pictures = Pictures(scene.prompts, scene.sample.num_per_prompt, tuple(kept), {})
+        return replace(pictures, scores=self.scores(pictures))
+
+    def scores(self, pictures: Pictures) -> dict[str, list[float]]:
+        """What is measured of the pictures, and what the scorers say, by name."""
+        images, found = pictures.images, {}
+        for name in self.scene.sample.measures:
+            found[name] = measure_of(name)(images)
+        for name, scorer in self._scorers.items():
+            found[name] = scores_of_images(scorer, images, pictures.clusters(), name).tolist()
+        return found
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The precision of training."""
-        device = next(self.run.policy.parameters()).device
-        low = self.config.optim.precision == "bf16"
+        device = next(self.scene.policy.parameters()).device
+        low = self.scene.precision == "bf16"
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=low)
-
-    def sampling(self) -> Sampling:
-        """How pictures are drawn: where no size is given, at the resolution that the data was encoded at."""
-        side = self.run.data.facts.get("resolution")
-        asked = self.config.sample.sampling()
-        return replace(asked, height=asked.height or side, width=asked.width or side)
-
-    def settings(self) -> str:
-        """Hash of all that decides on the pictures but the trained weights."""
-        # The number of pictures at a time changes them by rounding alone.
-        sampling = {k: v for k, v in asdict(self.sampling()).items() if k != "batch_size"}
-        model = (self.config.model.dtype, self.config.model.prediction, self.config.optim.precision)
-        facts = [sampling, self.prompts, model, self.run.base_hash]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def along_the_way(self, folder: Path, *, before: int) -> dict[int, Pictures]:
         """Pictures that this run made during training, by step, of steps below `before`; without scores."""
         found: dict[int, Pictures] = {}
         for place in sorted((folder / "samples").glob("step-*")):
             step = int(place.name.removeprefix("step-"))
-            images = _read(place, {"settings": self.settings()}) if step < before else None
+            images = _read(place, {"settings": self.scene.fingerprint()}) if step < before else None
             if images is not None:
-                k = self.config.sample.num_per_prompt
-                found[step] = Pictures(self.prompts, k, tuple(images), {})
+                k = self.scene.sample.num_per_prompt
+                found[step] = Pictures(self.scene.prompts, k, tuple(images), {})
         return found
 
 
@@ -140,40 +135,35 @@ class BaseSamples:
     studio: Studio
 
 
-def wanted(run: DiffusionRun, config: DiffusionConfig) -> bool:
-    """Whether pictures are asked for, and there are held-out prompts to make them of."""
-    return bool(config.sample.num_prompts and run.data.eval_prompts)
-
-
-def sample_base(
-    run: DiffusionRun,
-    config: DiffusionConfig,
-    folder: Path,
-    *,
-    report: Callable[[str], None],
-    bar: Bar,
-) -> BaseSamples | None:
+def sample_base(scene: Scene, folder: Path, *, report: Callable[[str], None], bar: Bar) -> BaseSamples | None:
     """Pictures before training, kept in samples/base across restarts; None if none are wanted."""
-    if not wanted(run, config):
+    if not scene.wanted:
         return None
-    studio = Studio(run, config)
+    studio = Studio(scene)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     clean_temporary(folder / "samples")
-    number = len(studio.prompts) * config.sample.num_per_prompt
-    report(f"samples: {number} pictures of {len(studio.prompts)} held-out prompts, before training and after")
+    number = len(scene.prompts) * scene.sample.num_per_prompt
+    report(f"samples: {number} pictures of {len(scene.prompts)} held-out prompts, before training and after")
     pictures = studio.pictures(folder / "samples" / "base", "base", lambda total: bar("base", total))
     return BaseSamples(pictures, studio)
 
 
 class Gallery:
-    """What a run looks like on its way: pictures beside the base's, their measures, diversity and drift."""
+    """What a run looks like on its way: pictures beside the base's, their measures, diversity and drift.
+
+    drift: how far a policy is from where it started, or None where that is not known.
+    """
 
     def __init__(
-        self, run: DiffusionRun, config: DiffusionConfig, folder: Path, base: BaseSamples | None, bar: Bar
+        self,
+        scene: Scene,
+        folder: Path,
+        base: BaseSamples | None,
+        bar: Bar,
+        drift: Callable[[nn.Module], float | None] | None = None,
     ):
-        self._run, self._config, self._folder, self._base, self._bar = run, config, folder, base, bar
-        self._studio = base.studio if base is not None else Studio(run, config)
-        self._batches: list[DiffusionBatch] | None = None
+        self._scene, self._folder, self._base, self._bar, self._drift = scene, folder, base, bar, drift
+        self._studio = base.studio if base is not None else Studio(scene)
 
     def look(self, policy: nn.Module, step: int) -> dict[str, float]:
         """Numbers for the log at this step, where sample.every asks for them; pictures go to samples/.
@@ -181,8 +171,8 @@ class Gallery:
         reward/<measure> and diversity, with 95 % intervals over prompts under <name>_low and <name>_high,
         and drift from the reference. Ranks other than the first call it where the policy is sharded.
         """
-        every = self._config.sample.every
-        if not every or step % every or not wanted(self._run, self._config):
+        every = self._scene.sample.every
+        if not every or step % every or not self._scene.wanted:
             return {}
         now = unwrapped(policy)
         values: dict[str, float] = {}
@@ -201,15 +191,11 @@ class Gallery:
         return values | picture_metrics(pictures)
 
     def drift(self, policy: nn.Module) -> float | None:
-        """Mean of `measures.drift` over the first held-out contexts; None without a reference."""
-        reference = _reference(self._run)
-        if reference is None:
+        """What `drift` says of the policy, in the precision of training."""
+        if self._drift is None:
             return None
-        if self._batches is None:
-            self._batches = _drift_batches(self._run, self._config)
-        likelihood: Any = self._run.task.likelihood
         with self._studio.autocast():
-            return float(drift(likelihood, policy, reference, self._batches).mean())
+            return self._drift(policy)
 
 
 def picture_metrics(pictures: Pictures) -> dict[str, float]:
@@ -251,27 +237,6 @@ def weights_hash(policy: nn.Module) -> str:
         digest.update(f"{name}\x1f{value.dtype}\x1f{tuple(value.shape)}\x1f".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _reference(run: DiffusionRun) -> Reference | None:
-    """What drift is measured from: the objective's reference if there is more of it than a table of numbers,
-    or the base under the adapters.
-    """
-    frozen = run.task.references.get("frozen")
-    if isinstance(frozen, Cached) and frozen.source is None:
-        return None
-    if frozen is not None:
-        return frozen
-    return AdapterOff() if hasattr(run.policy, "adapters") else None
-
-
-def _drift_batches(run: DiffusionRun, config: DiffusionConfig) -> list[DiffusionBatch]:
-    task = run.eval_task or run.task
-    number = min(_DRIFT_CONTEXTS, len(task.examples))
-    draws = [Draw(i, -1, key("eval", config.run.seed, i)) for i in range(number)]
-    size = config.evaluation.micro_batch_size
-    cuts = [draws[i : i + size] for i in range(0, number, size)]
-    return [task.collate([task.examples[d.index] for d in cut], cut) for cut in cuts]  # type: ignore[misc]
 
 
 def _write(folder: Path, about: Mapping[str, Any], images: Sequence[Image.Image]) -> None:

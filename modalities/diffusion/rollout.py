@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from triptych.modalities.diffusion.measures import measure_of
 from triptych.training.order import key
+from triptych.training.plugs import PlugConfig
 from triptych.training.references import unchanged
 
 # Decoding an SDXL picture takes several GB of activations, so few pixels are decoded at a time.
@@ -52,6 +53,7 @@ class SampleConfig:
 
     num_prompts: 0 makes none. every: also during training, at the held-out evaluations whose step it divides
     (1: at each of them, 0: at none). measures: what is measured of the pictures, by name; see `measures`.
+    scorers: name -> image scorer, which judge the pictures, too; best some that no label came from.
     height, width: null is the resolution of the encoded data. seed: of the noise, so that runs that differ in
     run.seed alone can be compared picture by picture. For the rest see `Sampling`.
     """
@@ -62,6 +64,7 @@ class SampleConfig:
     guidance: float = 5.0
     every: int = 1
     measures: list[str] = field(default_factory=lambda: ["colourfulness", "brightness", "sharpness"])
+    scorers: dict[str, PlugConfig] = field(default_factory=dict)
     batch_size: int = 8
     height: int | None = None
     width: int | None = None
@@ -75,6 +78,8 @@ class SampleConfig:
                 raise ValueError(f"sample.{name}={getattr(self, name)} must be 0 or positive")
         for name in self.measures:
             measure_of(name)
+        if twice := sorted(self.scorers.keys() & set(self.measures)):
+            raise ValueError(f"sample.scorers: {', '.join(twice)} is the name of a measure, too")
 
     def sampling(self) -> Sampling:
         """How the pictures are drawn."""

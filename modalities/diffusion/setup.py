@@ -32,6 +32,7 @@ from triptych.modalities.diffusion.model import (
 )
 from triptych.modalities.diffusion.policy import Denoiser
 from triptych.modalities.diffusion.rollout import SampleConfig
+from triptych.modalities.diffusion.scene import Scene
 from triptych.modalities.diffusion.schedule import Schedule, Space, schedule_of
 from triptych.objectives import Terms
 from triptych.training.config import EvaluationConfig, ObjectiveConfig, OptimConfig, RunConfig
@@ -102,6 +103,22 @@ class DiffusionRun:
     task: Task
     eval_task: Task | None
     base_hash: str
+
+    def scene(self) -> Scene:
+        """What its pictures are drawn with: where no size is given, at the resolution of the data."""
+        config = self.config
+        return Scene(
+            policy=self.policy,
+            source=self.source,
+            family=self.family,
+            base_hash=self.base_hash,
+            model=config.model,
+            sample=config.sample,
+            precision=config.optim.precision,
+            prompts=tuple(self.data.eval_prompts[: config.sample.num_prompts]),
+            resolution=self.data.facts.get("resolution"),
+            seed=config.run.seed,
+        )
 
 
 def set_up(

@@ -12,13 +12,14 @@ from triptych.modalities.diffusion import gallery as gallery_module
 from triptych.modalities.diffusion.gallery import (
     Gallery,
     Pictures,
-    Studio,
     picture_metrics,
     sample_base,
     side_by_side,
     weights_hash,
 )
 from triptych.modalities.diffusion.measures import brightness, diversity
+from triptych.modalities.diffusion.outcome import HeldOutDrift
+from triptych.training.plugs import PlugConfig
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def folder(tmp_path_factory):
 
 
 def sampled(run, config, folder, lines=None):
-    return sample_base(run, config, folder, report=(lines if lines is not None else []).append, bar=no_bar)
+    return sample_base(run.scene(), folder, report=(lines if lines is not None else []).append, bar=no_bar)
 
 
 def pixels(pictures):
@@ -77,7 +78,7 @@ def test_base_pictures_are_kept_and_taken_again_until_something_that_matters_cha
 def test_no_pictures_are_made_when_none_are_asked_for(folder, tmp_path):
     run, config = make_run(folder, num_prompts=0)
     assert sampled(run, config, tmp_path) is None
-    assert Gallery(run, config, tmp_path, None, no_bar).look(run.policy, 1) == {}
+    assert Gallery(run.scene(), tmp_path, None, no_bar, HeldOutDrift(run)).look(run.policy, 1) == {}
     assert not (tmp_path / "samples").exists()
 
 
@@ -95,7 +96,7 @@ def test_the_text_encoders_leave_memory_and_the_denoiser_is_the_policys_own(fold
 def test_a_look_at_the_policy_has_pictures_beside_the_bases_and_numbers_with_intervals(folder, tmp_path):
     run, config = make_run(folder, measures=["brightness"])
     base = sampled(run, config, tmp_path)
-    gallery = Gallery(run, config, tmp_path, base, no_bar)
+    gallery = Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run))
     start = gallery.look(run.policy, 0)
     assert start["drift"] == 0
     assert start["reward/brightness"] == pytest.approx(np.mean(brightness(base.pictures.images)), abs=1e-6)
@@ -118,7 +119,7 @@ def test_a_look_at_the_policy_has_pictures_beside_the_bases_and_numbers_with_int
 def test_an_untrained_policy_shows_bitwise_the_bases_pictures(folder, tmp_path):
     run, config = make_run(folder, "sdxl")
     base = sampled(run, config, tmp_path)
-    values = Gallery(run, config, tmp_path, base, no_bar).look(run.policy, 1)
+    values = Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 1)
     kept = base.studio.along_the_way(tmp_path, before=2)
     assert np.array_equal(pixels(kept[1]), pixels(base.pictures))
     assert values["drift"] == 0
@@ -128,7 +129,7 @@ def test_looks_are_at_the_steps_that_every_divides(folder, tmp_path, monkeypatch
     calls = count_generations(monkeypatch)
     run, config = make_run(folder, every=2)
     base = sampled(run, config, tmp_path)
-    gallery = Gallery(run, config, tmp_path, base, no_bar)
+    gallery = Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run))
     assert gallery.look(run.policy, 1) == {}
     move(run.policy)
     first = gallery.look(run.policy, 2)
@@ -140,13 +141,13 @@ def test_looks_are_at_the_steps_that_every_divides(folder, tmp_path, monkeypatch
     gallery.look(run.policy, 2)
     assert len(calls) == 3
     run, config = make_run(folder, every=0)
-    assert Gallery(run, config, tmp_path, base, no_bar).look(run.policy, 2) == {}
+    assert Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 2) == {}
 
 
 def test_pictures_along_the_way_are_this_runs_own_and_of_earlier_steps(folder, tmp_path):
     run, config = make_run(folder)
     base = sampled(run, config, tmp_path)
-    gallery = Gallery(run, config, tmp_path, base, no_bar)
+    gallery = Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run))
     for step in (1, 2, 3):
         move(run.policy)
         gallery.look(run.policy, step)
@@ -163,8 +164,8 @@ def test_pictures_are_as_large_as_the_encoded_data_unless_a_size_is_given(folder
     run, config = make_run(folder, resolution=16)
     assert sampled(run, config, tmp_path).pictures.images[0].size == (16, 16)
     run, config = make_run(folder, resolution=16, width=24)
-    assert Studio(run, config).sampling().width == 24
-    assert Studio(run, config).sampling().height == 16
+    assert run.scene().sampling().width == 24
+    assert run.scene().sampling().height == 16
 
 
 def test_drift_needs_something_to_drift_from(folder, tmp_path):
@@ -173,8 +174,8 @@ def test_drift_needs_something_to_drift_from(folder, tmp_path):
         ({"lora": False}, True),  # the frozen copy of the objective
         ({"lora": False, "objective": "sft"}, False),
     ):
-        run, config = make_run(folder, **options)
-        gallery = Gallery(run, config, tmp_path, None, no_bar)
+        run, _ = make_run(folder, **options)
+        gallery = Gallery(run.scene(), tmp_path, None, no_bar, HeldOutDrift(run))
         assert (gallery.drift(run.policy) == 0) is expected
         move(run.policy, by=0.05)
         found = gallery.drift(run.policy)
@@ -220,3 +221,13 @@ def test_a_sheet_shows_the_first_picture_of_every_prompt_before_the_second_of_an
     shown = [level for level in range(0, 240, 10) if (middle == level).sum() >= 96]
     expected = [level for i, level in enumerate(range(0, 240, 10)) if i % 2 == 0 or i < 8]
     assert shown == expected
+
+
+def test_scorers_judge_the_pictures_beside_the_measures(folder, tmp_path):
+    scorer = PlugConfig(name="measure", options={"measure": "brightness"})
+    run, config = make_run(folder, measures=["redness"], scorers={"light": scorer})
+    pictures = sampled(run, config, tmp_path).pictures
+    assert list(pictures.scores) == ["redness", "light"]
+    assert pictures.scores["light"] == pytest.approx(brightness(pictures.images))
+    with pytest.raises(ValueError, match="redness is the name of a measure, too"):
+        make_run(folder, measures=["redness"], scorers={"redness": scorer})

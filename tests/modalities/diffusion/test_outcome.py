@@ -12,7 +12,8 @@ from tiny_runs import learner_of, make_run, move, no_bar
 from triptych.modalities.diffusion.export import KOHYA_FILE, LORA_FILE
 from triptych.modalities.diffusion.gallery import Gallery, Pictures, sample_base
 from triptych.modalities.diffusion.measures import brightness, redness
-from triptych.modalities.diffusion.outcome import finish, held_out_table, judge, snippet
+from triptych.modalities.diffusion.outcome import HeldOutDrift, finish, held_out_table
+from triptych.modalities.diffusion.picture_report import judge, snippet
 from triptych.modalities.diffusion.rollout import generate
 from triptych.training.quarantine import Quarantine
 
@@ -105,10 +106,10 @@ def finished(folder, out, family="sd15", **options):
     """A run that was moved, and looked at once on its way, and what `finish` reported."""
     run, config = make_run(folder, family, measures=["brightness", "warm_share"], **options)
     object.__setattr__(config.run, "output_dir", str(out))
-    base = sample_base(run, config, out, report=lambda line: None, bar=no_bar)
+    base = sample_base(run.scene(), out, report=lambda line: None, bar=no_bar)
     learner, accelerator = learner_of(run, config)
     move(run.policy, by=0.05)
-    Gallery(run, config, out, base, no_bar).look(run.policy, 1)
+    Gallery(run.scene(), out, base, no_bar, HeldOutDrift(run)).look(run.policy, 1)
     move(run.policy, by=0.05)
     learner.step = 2
     lines = []
@@ -192,10 +193,10 @@ def test_a_run_without_pictures_still_has_results_and_artefacts(folder, tmp_path
 def test_the_reports_last_pictures_are_those_of_the_last_look(folder, tmp_path, monkeypatch):
     run, config = make_run(folder)
     object.__setattr__(config.run, "output_dir", str(tmp_path))
-    base = sample_base(run, config, tmp_path, report=lambda line: None, bar=no_bar)
+    base = sample_base(run.scene(), tmp_path, report=lambda line: None, bar=no_bar)
     learner, accelerator = learner_of(run, config)
     move(run.policy)
-    Gallery(run, config, tmp_path, base, no_bar).look(run.policy, 2)
+    Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 2)
     learner.step = 2
 
     def never(*args, **options):
@@ -222,6 +223,6 @@ def test_code_names_the_shipped_model_by_its_folder_and_a_prediction_that_was_ov
     run, config = make_run(folder, num_prompts=1)
     for name, value in (("name_or_path", "asset:emoji"), ("prediction", "v"), ("revision", "abc")):
         object.__setattr__(config.model, name, value)
-    code = snippet(run, config)
+    code = snippet(run.scene())
     assert "from_pretrained('assets/emoji', use_safetensors=True, revision='abc')" in code
     assert 'register_to_config(prediction_type="v_prediction")' in code
