@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from triptych.modalities.diffusion.gallery import Gallery, sample_base
+from triptych.modalities.diffusion.gallery import Gallery, Studio, sample_base
 from triptych.modalities.diffusion.outcome import HeldOutDrift, finish
 from triptych.modalities.diffusion.setup import DiffusionConfig, fill_references, set_up
 from triptych.scripts.common import (
@@ -51,11 +51,11 @@ def run(config: DiffusionConfig) -> int:
     place.keep_first_config(config)
 
     fill_references(images, accelerator, report=report, bar=place.bar)
-    scene = images.scene()
-    samples = sample_base(scene, folder, report=report, bar=place.bar) if place.main else None
+    studio = Studio(images.scene())
+    base = sample_base(studio, folder, report=report, bar=place.bar) if place.main else None
     place.start_trackers(config)
     learner = make_learner(images.policy, config.optim, accelerator)
-    gallery = Gallery(scene, folder, samples, place.bar, HeldOutDrift(images))
+    gallery = Gallery(studio, folder, base, place.bar, HeldOutDrift(images))
 
     def held_out(policy):
         values = gallery.look(policy, learner.step) if place.main or is_sharded(policy) else {}
@@ -90,7 +90,8 @@ def run(config: DiffusionConfig) -> int:
         config,
         accelerator,
         quarantine=place.quarantine,
-        base_samples=samples,
+        studio=studio,
+        base=base,
         settings=as_dict(config),
         command=command_line(),
         versions=versions(),

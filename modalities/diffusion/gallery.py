@@ -57,15 +57,15 @@ class Pictures:
 class Studio:
     """The run's own model in its pipeline, with the prompts embedded: loaded when first asked for.
 
-    The text encoders are used once and leave memory.
+    The text encoders are used once and leave memory. made: the pipeline and its prompts, where they are.
     """
 
-    def __init__(self, scene: Scene):
+    def __init__(self, scene: Scene, made: tuple[Any, Embedded] | None = None):
         self.scene = scene
         self._scorers: dict[str, ImageScorer] = {
             name: build_scorer(plug) for name, plug in scene.sample.scorers.items()
         }
-        self._made: tuple[Any, Embedded] | None = None
+        self._made = made
 
     def open(self) -> tuple[Any, Embedded]:
         """(pipeline without text encoders, prompts)."""
@@ -127,25 +127,16 @@ class Studio:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class BaseSamples:
-    """Pictures of the model as it is before training, and where they were made."""
-
-    pictures: Pictures
-    studio: Studio
-
-
-def sample_base(scene: Scene, folder: Path, *, report: Callable[[str], None], bar: Bar) -> BaseSamples | None:
+def sample_base(studio: Studio, folder: Path, *, report: Callable[[str], None], bar: Bar) -> Pictures | None:
     """Pictures before training, kept in samples/base across restarts; None if none are wanted."""
+    scene = studio.scene
     if not scene.wanted:
         return None
-    studio = Studio(scene)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     clean_temporary(folder / "samples")
     number = len(scene.prompts) * scene.sample.num_per_prompt
     report(f"samples: {number} pictures of {len(scene.prompts)} held-out prompts, before training and after")
-    pictures = studio.pictures(folder / "samples" / "base", "base", lambda total: bar("base", total))
-    return BaseSamples(pictures, studio)
+    return studio.pictures(folder / "samples" / "base", "base", lambda total: bar("base", total))
 
 
 class Gallery:
@@ -156,14 +147,13 @@ class Gallery:
 
     def __init__(
         self,
-        scene: Scene,
+        studio: Studio,
         folder: Path,
-        base: BaseSamples | None,
+        base: Pictures | None,
         bar: Bar,
         drift: Callable[[nn.Module], float | None] | None = None,
     ):
-        self._scene, self._folder, self._base, self._bar, self._drift = scene, folder, base, bar, drift
-        self._studio = base.studio if base is not None else Studio(scene)
+        self._studio, self._folder, self._base, self._bar, self._drift = studio, folder, base, bar, drift
 
     def look(self, policy: nn.Module, step: int) -> dict[str, float]:
         """Numbers for the log at this step, where sample.every asks for them; pictures go to samples/.
@@ -171,8 +161,9 @@ class Gallery:
         reward/<measure> and diversity, with 95 % intervals over prompts under <name>_low and <name>_high,
         and drift from the reference. Ranks other than the first call it where the policy is sharded.
         """
-        every = self._scene.sample.every
-        if not every or step % every or not self._scene.wanted:
+        scene = self._studio.scene
+        every = scene.sample.every
+        if not every or step % every or not scene.wanted:
             return {}
         now = unwrapped(policy)
         values: dict[str, float] = {}
@@ -180,13 +171,13 @@ class Gallery:
         if moved is not None:
             values["drift"] = moved
         if step == 0 and self._base is not None:
-            return values | picture_metrics(self._base.pictures)
+            return values | picture_metrics(self._base)
         place = self._folder / "samples" / step_name(step)
         pictures = self._studio.pictures(
             place, weights_hash(now), lambda total: self._bar(f"samples at step {step}", total)
         )
         if self._base is not None and PartialState().is_main_process:
-            sheet = side_by_side({"base": self._base.pictures, f"step {step}": pictures})
+            sheet = side_by_side({"base": self._base, f"step {step}": pictures})
             (place / "grid.png").write_bytes(sheet)
         return values | picture_metrics(pictures)
 

@@ -9,7 +9,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from triptych.modalities.diffusion.gallery import Bar, BaseSamples, Gallery, Studio, step_name, weights_hash
+from triptych.modalities.diffusion.gallery import Bar, Gallery, Pictures, Studio, step_name, weights_hash
 from triptych.modalities.diffusion.likelihood import DiffusionBatch
 from triptych.modalities.diffusion.measures import drift
 from triptych.modalities.diffusion.picture_report import Findings, compare, publish_run
@@ -33,7 +33,8 @@ def finish(
     accelerator: Accelerator,
     *,
     quarantine: Quarantine,
-    base_samples: BaseSamples | None,
+    studio: Studio,
+    base: Pictures | None,
     settings: Mapping[str, Any],
     command: str,
     versions: Mapping[str, str],
@@ -41,7 +42,7 @@ def finish(
     bar: Bar,
 ) -> None:
     """Evaluate, sample, export the artefacts with their card, and write report.html. Every rank calls it."""
-    folder, scene = Path(config.run.output_dir), run.scene()
+    folder, scene = Path(config.run.output_dir), studio.scene
     rows = None
     if run.eval_task is not None:
         size = config.evaluation.micro_batch_size
@@ -52,10 +53,9 @@ def finish(
     aligned, moved = None, None
     # A sharded model can only be sampled and gathered by all ranks together.
     if scene.wanted and (accelerator.is_main_process or is_sharded(policy)):
-        studio = base_samples.studio if base_samples is not None else Studio(scene)
         place = folder / "samples" / step_name(learner.step)
         aligned = studio.pictures(place, weights_hash(policy), lambda total: bar("aligned", total))
-        moved = Gallery(scene, folder, base_samples, bar, HeldOutDrift(run)).drift(policy)
+        moved = Gallery(studio, folder, base, bar, HeldOutDrift(run)).drift(policy)
     state = whole_state(run.policy.model)
     if not accelerator.is_main_process:
         return
@@ -64,8 +64,8 @@ def finish(
         referenced = run.task.terms.main.slot != "none"
         table, results = held_out_table(rows, run.data.eval_clusters, referenced=referenced)
         findings += Findings(tables=[table], results=results, samples=[], figures=[])
-    if base_samples is not None and aligned is not None:
-        findings += compare(base_samples, aligned, folder=folder, step=learner.step, drift=moved)
+    if base is not None and aligned is not None:
+        findings += compare(studio, base, aligned, folder=folder, step=learner.step, drift=moved)
     publish_run(
         scene,
         folder,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from triptych.modalities.diffusion.export import LORA_FILE, export_full, export_kohya, export_lora, part_of
-from triptych.modalities.diffusion.gallery import BaseSamples, Pictures, side_by_side
+from triptych.modalities.diffusion.gallery import Pictures, Studio, side_by_side
 from triptych.modalities.diffusion.grids import png, readable
 from triptych.modalities.diffusion.measures import diversity
 from triptych.modalities.diffusion.model import ASSET, pipeline_class
@@ -49,16 +49,16 @@ class Findings:
 
 
 def compare(
-    base: BaseSamples, aligned: Pictures, *, folder: Path, step: int, drift: float | None
+    studio: Studio, base: Pictures, aligned: Pictures, *, folder: Path, step: int, drift: float | None
 ) -> Findings:
     """The aligned model's pictures beside the base's. step: the last; folder: the run's."""
-    table, results = judge(base.pictures, aligned, drift=drift, seed=base.studio.scene.seed)
-    along = base.studio.along_the_way(folder, before=step)
+    table, results = judge(base, aligned, drift=drift, seed=studio.scene.seed)
+    along = studio.along_the_way(folder, before=step)
     return Findings(
         tables=[table],
         results=results,
-        samples=_sample_pairs(base.pictures, aligned),
-        figures=[_figure(base.pictures, along, aligned)],
+        samples=_sample_pairs(base, aligned),
+        figures=[_figure(base, along, aligned)],
     )
 
 

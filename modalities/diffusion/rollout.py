@@ -179,33 +179,49 @@ def generate_latents(
     return torch.cat(found)
 
 
-@torch.no_grad()
 def decode(pipeline: Any, latents: Tensor) -> list[Image.Image]:
-    """Pictures of latents [N, Z, H, W] that are scaled as the model takes them.
+    """Pictures of latents [N, Z, H, W] that are scaled as the model takes them; see `decoded`."""
+    images: list[Image.Image] = []
+    for part in _decoded(pipeline, latents):
+        images += pipeline.image_processor.postprocess(part, output_type="pil")
+    return images
+
+
+def decoded(pipeline: Any, latents: Tensor) -> Tensor:
+    """Pictures of latents [N, Z, H, W] as tensors [N, 3, H', W'] about in [-1, 1], on the VAE's device.
 
     As the pipelines do it, but never in float16 (SDXL's VAE overflows there) and never under autocast.
     ValueError for pictures that are not finite.
     """
+    return torch.cat(list(_decoded(pipeline, latents)))
+
+
+def to_images(pictures: Tensor) -> list[Image.Image]:
+    """Pictures [N, 3, H, W] in [-1, 1] as 8-bit images, rounded as diffusers does it."""
+    pixels = (pictures / 2 + 0.5).clamp(0, 1).cpu().float().permute(0, 2, 3, 1)
+    return [Image.fromarray(array) for array in (pixels * 255).round().to(torch.uint8).numpy()]
+
+
+def _decoded(pipeline: Any, latents: Tensor) -> Iterator[Tensor]:
+    """Few pictures at a time."""
     vae, settings = pipeline.vae, pipeline.vae.config
     dtype = vae.dtype
     least = len(settings.block_out_channels) - 1
     pixels = latents.shape[-2] * latents.shape[-1] * 4**least
     size = max(1, _PIXELS_AT_ONCE // pixels)
-    images: list[Image.Image] = []
     if dtype == torch.float16:
         vae.to(torch.float32)
     try:
         for part in latents.split(size):
-            with _full_precision(vae.device):
-                decoded = vae.decode(_unscaled(part.to(vae.device), settings).to(vae.dtype)).sample
-            if not bool(torch.isfinite(decoded).all()):
+            with torch.no_grad(), _full_precision(vae.device):
+                found = vae.decode(_unscaled(part.to(vae.device), settings).to(vae.dtype)).sample
+            if not bool(torch.isfinite(found).all()):
                 where = "latents" if not bool(torch.isfinite(part).all()) else f"decoding in {vae.dtype}"
                 raise ValueError(f"pictures are not finite: the {where} gave inf or nan")
-            images += pipeline.image_processor.postprocess(decoded, output_type="pil")
+            yield found
     finally:
         if dtype == torch.float16:
             vae.to(dtype)
-    return images
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:

@@ -5,7 +5,7 @@ Shapes: C candidates, U denoising steps of the longest one, Z latent channels, H
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from triptych.modalities.diffusion.policy import Conditions
 from triptych.modalities.diffusion.step_batches import Trajectory, TrajectoryCollator
 from triptych.modalities.diffusion.steps import Empty, StepBatch, StepLikelihood
 from triptych.modalities.diffusion.transitions import Grid
+from triptych.training.references import Reference
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,8 +25,9 @@ class StepPort:
     """The port of a denoiser that samples with noise at every step. One unit is one denoising step.
 
     grid: the sampler's steps. prompts: conditions of one row by a context's key. empty: the empty prompt, if
-    and only if the likelihood is guided. shape: of a latent, (Z, H, W). States that candidates have in common
-    are computed once.
+    and only if the likelihood is guided. shape: of a latent, (Z, H, W). decode: latents [N, Z, H, W] ->
+    pictures [N, 3, 8 H, 8 W] or so in [-1, 1], for judges that look. base: the model that the readout 'kl'
+    is measured to. States that candidates have in common are computed once.
     """
 
     likelihood: StepLikelihood
@@ -33,6 +35,8 @@ class StepPort:
     prompts: Mapping[str, Conditions]
     shape: tuple[int, int, int]
     empty: Empty | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    base: Reference | None = None
 
     @property
     def bound(self) -> bool:
@@ -60,8 +64,21 @@ class StepPort:
         return self.likelihood.terms(policy, batch, generator)
 
     def readouts(self, policy: Any, batch: StepBatch, names: frozenset[str]) -> Mapping[str, Tensor]:
-        """ValueError: a denoiser has none of them."""
-        raise ValueError(f"a denoiser has no {', '.join(sorted(names))}: choose an objective without")
+        """`logp` and 'kl', the exact KL of each step to the base's, [C, U]; ValueError for another.
+
+        One forward of the policy and one of the base. 'kl' is the mean over Z, H, W where the likelihood is.
+        """
+        if other := sorted(names - {"kl"}):
+            raise ValueError(f"a denoiser has no {', '.join(other)}: choose an objective without")
+        if self.base is None:
+            raise ValueError("this port has no base model to measure 'kl' to; give it one (base: ...)")
+        means = self.likelihood.means(policy, batch)
+        found = {"logp": self.likelihood.densities(means, batch)}
+        if "kl" in names:
+            with self.base.active(policy) as base:
+                others = self.likelihood.means(base, batch)
+            found["kl"] = self.likelihood.divergence(means, others, batch)
+        return found
 
     def pack(self, record: ImagePrompt | Latents) -> Mapping[str, Any]:
         """A record as tensors and JSON values."""

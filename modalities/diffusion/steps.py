@@ -19,6 +19,7 @@ from triptych.modalities.diffusion.transitions import (
     Reduction,
     Rule,
     full_precision,
+    gaussian_kl,
     log_density,
     step_mean,
 )
@@ -131,19 +132,39 @@ class StepLikelihood:
 
     def terms(self, policy: Any, batch: StepBatch, generator: torch.Generator | None = None) -> Tensor:
         """Log-density of each step, [C, U], float32 (float64 for states in it), 0 at padding; one forward."""
-        densities = [
-            log_density(
-                stack.nexts,
-                step_mean(stack.states, prediction, stack.keep, stack.push)[stack.state_of],
-                stack.std[stack.state_of],
-                reduction=self.reduction,
-            )
+        return self.densities(self.means(policy, batch), batch)
+
+    def means(self, policy: Any, batch: StepBatch) -> list[Tensor]:
+        """mu at the states of each stack, [S, Z, H, W], in full precision; one forward."""
+        return [
+            step_mean(stack.states, prediction, stack.keep, stack.push)
             for stack, prediction in zip(batch.stacks, self._predictions(policy, batch), strict=True)
         ]
-        places = torch.cat([stack.unit_of for stack in batch.stacks])
-        found = torch.cat(densities)
-        table = found.new_zeros(batch.units.numel()).index_copy(0, places, found)
-        return table.view(batch.units.shape)
+
+    def densities(self, means: Sequence[Tensor], batch: StepBatch) -> Tensor:
+        """Log-density of each step, [C, U], around the means of its states."""
+        return _by_unit(
+            [
+                log_density(
+                    stack.nexts, mean[stack.state_of], stack.std[stack.state_of], reduction=self.reduction
+                )
+                for stack, mean in zip(batch.stacks, means, strict=True)
+            ],
+            batch,
+        )
+
+    def divergence(self, means: Sequence[Tensor], others: Sequence[Tensor], batch: StepBatch) -> Tensor:
+        """KL of each step's Gaussian to that around another mean, ||mu - mu'||^2 / (2 std^2), [C, U].
+
+        Exact, with the gradient of both; the std is the sampler's and the same. As mean or sum over Z, H, W.
+        """
+        return _by_unit(
+            [
+                gaussian_kl(mean, other, stack.std, reduction=self.reduction)[stack.state_of]
+                for stack, mean, other in zip(batch.stacks, means, others, strict=True)
+            ],
+            batch,
+        )
 
     def assemble(self, terms: Tensor, batch: StepBatch) -> Input:
         """The objective's input from log-densities of steps [C, U], summed over steps but for units."""
@@ -189,6 +210,13 @@ class StepLikelihood:
             [stack.conditions for stack in stacks],
             batch.empty,
         )
+
+
+def _by_unit(values: Sequence[Tensor], batch: StepBatch) -> Tensor:
+    """Values of the steps of each stack, [N], at their places in [C, U]; 0 at padding."""
+    places, found = torch.cat([stack.unit_of for stack in batch.stacks]), torch.cat(list(values))
+    table = found.new_zeros(batch.units.numel()).index_copy(0, places, found)
+    return table.view(batch.units.shape)
 
 
 def _with_empty(empty: Conditions, own: Conditions) -> Conditions:

@@ -169,6 +169,16 @@ def log_density(following: Tensor, mean: Tensor, std: Tensor, *, reduction: Redu
     return density if reduction == "mean" else density * z[0].numel()
 
 
+def gaussian_kl(mean: Tensor, other: Tensor, std: Tensor, *, reduction: Reduction) -> Tensor:
+    """KL(N(mean, std^2) || N(other, std^2)) = ||mean - other||^2 / (2 std^2), mean or sum over D, [N].
+
+    Liu et al. 2025 (Flow-GRPO), section 4; std: [N], above 0. float32 (float64 stays).
+    """
+    gap = (full_precision(mean) - full_precision(other)) / _column(std, mean)
+    kl = 0.5 * gap.square().flatten(1).mean(-1)
+    return kl if reduction == "mean" else kl * gap[0].numel()
+
+
 def shared_state_margin(
     policy_mean: Tensor, ref_mean: Tensor, chosen: Tensor, rejected: Tensor, std: Tensor
 ) -> Tensor:

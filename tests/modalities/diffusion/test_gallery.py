@@ -12,6 +12,7 @@ from triptych.modalities.diffusion import gallery as gallery_module
 from triptych.modalities.diffusion.gallery import (
     Gallery,
     Pictures,
+    Studio,
     picture_metrics,
     sample_base,
     side_by_side,
@@ -28,7 +29,9 @@ def folder(tmp_path_factory):
 
 
 def sampled(run, config, folder, lines=None):
-    return sample_base(run.scene(), folder, report=(lines if lines is not None else []).append, bar=no_bar)
+    return sample_base(
+        Studio(run.scene()), folder, report=(lines if lines is not None else []).append, bar=no_bar
+    )
 
 
 def pixels(pictures):
@@ -52,7 +55,7 @@ def test_base_pictures_are_kept_and_taken_again_until_something_that_matters_cha
 ):
     calls = count_generations(monkeypatch)
     run, config = make_run(folder)
-    first = sampled(run, config, tmp_path).pictures
+    first = sampled(run, config, tmp_path)
     assert first.prompts == run.data.eval_prompts[:3]
     assert first.num_per_prompt == 2
     assert sorted(p.name for p in (tmp_path / "samples" / "base").glob("*.png")) == [
@@ -61,46 +64,47 @@ def test_base_pictures_are_kept_and_taken_again_until_something_that_matters_cha
     assert set(first.scores) == set(config.sample.measures)
     # Training has begun when an interrupted run starts again; what is kept is still of the base.
     move(run.policy)
-    again = sampled(run, config, tmp_path).pictures
+    again = sampled(run, config, tmp_path)
     assert np.array_equal(pixels(again), pixels(first))
     assert again.scores == first.scores
     same = make_run(folder, batch_size=3, measures=["redness"], every=5)
-    other = sampled(*same, tmp_path).pictures
+    other = sampled(*same, tmp_path)
     assert (len(calls), list(other.scores)) == (1, ["redness"])
     (tmp_path / "samples" / "base" / "00002.png").unlink()
-    assert np.array_equal(pixels(sampled(*make_run(folder), tmp_path).pictures), pixels(first))
+    assert np.array_equal(pixels(sampled(*make_run(folder), tmp_path)), pixels(first))
     sampled(*make_run(folder, seed=1), tmp_path)
     sampled(*make_run(folder, seed=1, num_steps=3), tmp_path)
     assert len(calls) == 4
-    assert not np.array_equal(pixels(sampled(*make_run(folder, seed=1), tmp_path).pictures), pixels(first))
+    assert not np.array_equal(pixels(sampled(*make_run(folder, seed=1), tmp_path)), pixels(first))
 
 
 def test_no_pictures_are_made_when_none_are_asked_for(folder, tmp_path):
     run, config = make_run(folder, num_prompts=0)
     assert sampled(run, config, tmp_path) is None
-    assert Gallery(run.scene(), tmp_path, None, no_bar, HeldOutDrift(run)).look(run.policy, 1) == {}
+    assert Gallery(Studio(run.scene()), tmp_path, None, no_bar, HeldOutDrift(run)).look(run.policy, 1) == {}
     assert not (tmp_path / "samples").exists()
 
 
 def test_the_text_encoders_leave_memory_and_the_denoiser_is_the_policys_own(folder, tmp_path):
-    run, config = make_run(folder, "sdxl")
-    base = sampled(run, config, tmp_path)
-    pipeline, embedded = base.studio.open()
+    run, _ = make_run(folder, "sdxl")
+    studio = Studio(run.scene())
+    base = sample_base(studio, tmp_path, report=lambda line: None, bar=no_bar)
+    pipeline, embedded = studio.open()
     assert pipeline.unet is run.policy.model
     assert pipeline.text_encoder is None
     assert pipeline.text_encoder_2 is None
-    assert embedded.prompts == base.pictures.prompts
-    assert base.studio.open()[0] is pipeline
+    assert embedded.prompts == base.prompts
+    assert studio.open()[0] is pipeline
 
 
 def test_a_look_at_the_policy_has_pictures_beside_the_bases_and_numbers_with_intervals(folder, tmp_path):
     run, config = make_run(folder, measures=["brightness"])
     base = sampled(run, config, tmp_path)
-    gallery = Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run))
+    gallery = Gallery(Studio(run.scene()), tmp_path, base, no_bar, HeldOutDrift(run))
     start = gallery.look(run.policy, 0)
     assert start["drift"] == 0
-    assert start["reward/brightness"] == pytest.approx(np.mean(brightness(base.pictures.images)), abs=1e-6)
-    assert start["diversity"] == pytest.approx(np.mean(diversity(base.pictures.groups())))
+    assert start["reward/brightness"] == pytest.approx(np.mean(brightness(base.images)), abs=1e-6)
+    assert start["diversity"] == pytest.approx(np.mean(diversity(base.groups())))
     assert not (tmp_path / "samples" / "step-000000").exists()
     move(run.policy)
     later = gallery.look(run.policy, 5)
@@ -119,9 +123,9 @@ def test_a_look_at_the_policy_has_pictures_beside_the_bases_and_numbers_with_int
 def test_an_untrained_policy_shows_bitwise_the_bases_pictures(folder, tmp_path):
     run, config = make_run(folder, "sdxl")
     base = sampled(run, config, tmp_path)
-    values = Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 1)
-    kept = base.studio.along_the_way(tmp_path, before=2)
-    assert np.array_equal(pixels(kept[1]), pixels(base.pictures))
+    values = Gallery(Studio(run.scene()), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 1)
+    kept = Studio(run.scene()).along_the_way(tmp_path, before=2)
+    assert np.array_equal(pixels(kept[1]), pixels(base))
     assert values["drift"] == 0
 
 
@@ -129,7 +133,7 @@ def test_looks_are_at_the_steps_that_every_divides(folder, tmp_path, monkeypatch
     calls = count_generations(monkeypatch)
     run, config = make_run(folder, every=2)
     base = sampled(run, config, tmp_path)
-    gallery = Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run))
+    gallery = Gallery(Studio(run.scene()), tmp_path, base, no_bar, HeldOutDrift(run))
     assert gallery.look(run.policy, 1) == {}
     move(run.policy)
     first = gallery.look(run.policy, 2)
@@ -141,28 +145,28 @@ def test_looks_are_at_the_steps_that_every_divides(folder, tmp_path, monkeypatch
     gallery.look(run.policy, 2)
     assert len(calls) == 3
     run, config = make_run(folder, every=0)
-    assert Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 2) == {}
+    assert Gallery(Studio(run.scene()), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 2) == {}
 
 
 def test_pictures_along_the_way_are_this_runs_own_and_of_earlier_steps(folder, tmp_path):
     run, config = make_run(folder)
     base = sampled(run, config, tmp_path)
-    gallery = Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run))
+    gallery = Gallery(Studio(run.scene()), tmp_path, base, no_bar, HeldOutDrift(run))
     for step in (1, 2, 3):
         move(run.policy)
         gallery.look(run.policy, step)
     shutil.copytree(tmp_path / "samples" / "step-000001", tmp_path / "samples" / "step-000000")
     about = tmp_path / "samples" / "step-000000" / "samples.json"
     about.write_text(json.dumps(json.loads(about.read_text("utf-8")) | {"settings": "others"}), "utf-8")
-    found = base.studio.along_the_way(tmp_path, before=3)
+    found = Studio(run.scene()).along_the_way(tmp_path, before=3)
     assert list(found) == [1, 2]
-    assert found[1].prompts == base.pictures.prompts
+    assert found[1].prompts == base.prompts
     assert not np.array_equal(pixels(found[1]), pixels(found[2]))
 
 
 def test_pictures_are_as_large_as_the_encoded_data_unless_a_size_is_given(folder, tmp_path):
     run, config = make_run(folder, resolution=16)
-    assert sampled(run, config, tmp_path).pictures.images[0].size == (16, 16)
+    assert sampled(run, config, tmp_path).images[0].size == (16, 16)
     run, config = make_run(folder, resolution=16, width=24)
     assert run.scene().sampling().width == 24
     assert run.scene().sampling().height == 16
@@ -175,7 +179,7 @@ def test_drift_needs_something_to_drift_from(folder, tmp_path):
         ({"lora": False, "objective": "sft"}, False),
     ):
         run, _ = make_run(folder, **options)
-        gallery = Gallery(run.scene(), tmp_path, None, no_bar, HeldOutDrift(run))
+        gallery = Gallery(Studio(run.scene()), tmp_path, None, no_bar, HeldOutDrift(run))
         assert (gallery.drift(run.policy) == 0) is expected
         move(run.policy, by=0.05)
         found = gallery.drift(run.policy)
@@ -226,7 +230,7 @@ def test_a_sheet_shows_the_first_picture_of_every_prompt_before_the_second_of_an
 def test_scorers_judge_the_pictures_beside_the_measures(folder, tmp_path):
     scorer = PlugConfig(name="measure", options={"measure": "brightness"})
     run, config = make_run(folder, measures=["redness"], scorers={"light": scorer})
-    pictures = sampled(run, config, tmp_path).pictures
+    pictures = sampled(run, config, tmp_path)
     assert list(pictures.scores) == ["redness", "light"]
     assert pictures.scores["light"] == pytest.approx(brightness(pictures.images))
     with pytest.raises(ValueError, match="redness is the name of a measure, too"):

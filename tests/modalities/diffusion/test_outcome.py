@@ -10,7 +10,7 @@ from PIL import Image
 from tiny_runs import learner_of, make_run, move, no_bar
 
 from triptych.modalities.diffusion.export import KOHYA_FILE, LORA_FILE
-from triptych.modalities.diffusion.gallery import Gallery, Pictures, sample_base
+from triptych.modalities.diffusion.gallery import Gallery, Pictures, Studio, sample_base
 from triptych.modalities.diffusion.measures import brightness, redness
 from triptych.modalities.diffusion.outcome import HeldOutDrift, finish, held_out_table
 from triptych.modalities.diffusion.picture_report import judge, snippet
@@ -106,10 +106,10 @@ def finished(folder, out, family="sd15", **options):
     """A run that was moved, and looked at once on its way, and what `finish` reported."""
     run, config = make_run(folder, family, measures=["brightness", "warm_share"], **options)
     object.__setattr__(config.run, "output_dir", str(out))
-    base = sample_base(run.scene(), out, report=lambda line: None, bar=no_bar)
+    base = sample_base(Studio(run.scene()), out, report=lambda line: None, bar=no_bar)
     learner, accelerator = learner_of(run, config)
     move(run.policy, by=0.05)
-    Gallery(run.scene(), out, base, no_bar, HeldOutDrift(run)).look(run.policy, 1)
+    Gallery(Studio(run.scene()), out, base, no_bar, HeldOutDrift(run)).look(run.policy, 1)
     move(run.policy, by=0.05)
     learner.step = 2
     lines = []
@@ -119,7 +119,8 @@ def finished(folder, out, family="sd15", **options):
         config,
         accelerator,
         quarantine=Quarantine(),
-        base_samples=base,
+        studio=Studio(run.scene()),
+        base=base,
         settings={"model": {"name_or_path": config.model.name_or_path}},
         command="python scripts/train_diffusion.py",
         versions={"torch": "2"},
@@ -193,10 +194,10 @@ def test_a_run_without_pictures_still_has_results_and_artefacts(folder, tmp_path
 def test_the_reports_last_pictures_are_those_of_the_last_look(folder, tmp_path, monkeypatch):
     run, config = make_run(folder)
     object.__setattr__(config.run, "output_dir", str(tmp_path))
-    base = sample_base(run.scene(), tmp_path, report=lambda line: None, bar=no_bar)
+    base = sample_base(Studio(run.scene()), tmp_path, report=lambda line: None, bar=no_bar)
     learner, accelerator = learner_of(run, config)
     move(run.policy)
-    Gallery(run.scene(), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 2)
+    Gallery(Studio(run.scene()), tmp_path, base, no_bar, HeldOutDrift(run)).look(run.policy, 2)
     learner.step = 2
 
     def never(*args, **options):
@@ -209,7 +210,8 @@ def test_the_reports_last_pictures_are_those_of_the_last_look(folder, tmp_path, 
         config,
         accelerator,
         quarantine=Quarantine(),
-        base_samples=base,
+        studio=Studio(run.scene()),
+        base=base,
         settings={},
         command="",
         versions={},
