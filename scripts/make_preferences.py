@@ -18,6 +18,7 @@ import torch
 
 from triptych.modalities.diffusion.measures import label_pairs, measure_of, write_lists, write_pairs
 from triptych.modalities.diffusion.model import ModelConfig, load_pipeline, locate
+from triptych.modalities.diffusion.prompts import read_prompts
 from triptych.modalities.diffusion.rollout import Sampling, embed, generate
 from triptych.scripts.common import errors_in_one_line, parse, progress, quiet_diffusers
 
@@ -72,15 +73,6 @@ def run(config: PreferenceConfig) -> int:
     written = write(labelled, config.output_dir)
     print(f"{config.output_dir}: {written} {config.form} from {number} pictures", file=sys.stderr)
     return 0
-
-
-def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file, without empty ones and repeats; ValueError when there is none."""
-    lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    found = list(dict.fromkeys(line for line in lines if line))
-    if not found:
-        raise ValueError(f"{path} holds no prompt; write one a line")
-    return found
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ Shapes: P prompts, K candidates of one, T steps of the sampler, S states of one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,9 +86,17 @@ def _stretch(first_step: int, last_step: int | None, num_steps: int) -> tuple[in
     return first_step, last
 
 
-def _check_grid(walker: Walker, num_steps: int) -> None:
+def _check_grid(walker: Walker, num_steps: int, stretch: tuple[int, int]) -> None:
+    """ValueError unless these are the sampler's steps, and those that are trained on have noise."""
     if walker.num_steps != num_steps:
         raise ValueError(f"num_steps={num_steps}, but the sampler has {walker.num_steps} steps")
+    likelihood, grid = walker.port.likelihood, walker.port.grid
+    std = likelihood.rule(likelihood.schedule, grid.times, grid.next_times).std[slice(*stretch)]
+    for step in (~(std > 0)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"step {stretch[0] + step} of {num_steps} has no noise, so its next state has no density: "
+            "leave it out with first_step and last_step"
+        )
 
 
 def _normal(generators: Sequence[torch.Generator], num: int, shape: Sequence[int]) -> Tensor:
@@ -144,8 +152,8 @@ class StepSiblings:
     def __call__(self, contexts: Sequence[ImagePrompt], live: Live) -> list[Group]:
         """The groups of all paths, those of one prompt after each other."""
         walker = Walker.of(live, self.batch_size)
-        _check_grid(walker, self.num_steps)
         first, last = _stretch(self.first_step, self.last_step, self.num_steps)
+        _check_grid(walker, self.num_steps, (first, last))
         noises = [live.generator(c.key, "noise") for c in contexts]
         paths = [live.generator(c.key, "path") for c in contexts]
         keys = [c.key for c in contexts]
@@ -245,7 +253,9 @@ class DenoisingPaths:
 
     Candidates are the steps from first_step to last_step (None: to the end), which are those trained on; x_0
     of all is the finished picture. The last step of a flow has little noise and large ratios: Flow-GRPO has
-    no use for it. shared_noise: all K start from one x_T (DanceGRPO) or each from its own.
+    no use for it. shared_noise: all K start from one x_T (DanceGRPO) or each from its own. split: every step
+    is a group of its own, so that a sample costs K rows of the model at a time and not K (T - first_step);
+    objectives of whole paths (D3PO's pairs) need them together.
     """
 
     num_candidates: int = 8
@@ -253,10 +263,10 @@ class DenoisingPaths:
     first_step: int = 0
     last_step: int | None = None
     shared_noise: bool = False
+    split: bool = False
     batch_size: int = 8
 
     fresh = True
-    groups_per_context = 1
     provides = frozenset({"logp"})
 
     def __post_init__(self) -> None:
@@ -265,10 +275,17 @@ class DenoisingPaths:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         _stretch(self.first_step, self.last_step, self.num_steps)
 
+    @property
+    def groups_per_context(self) -> int:
+        """1, or the steps that are trained on where they are split."""
+        first, last = _stretch(self.first_step, self.last_step, self.num_steps)
+        return last - first if self.split else 1
+
     def __call__(self, contexts: Sequence[ImagePrompt], live: Live) -> list[Group]:
-        """One group a prompt."""
+        """One group a prompt, or one a step of it."""
         walker = Walker.of(live, self.batch_size)
-        _check_grid(walker, self.num_steps)
+        first, last = _stretch(self.first_step, self.last_step, self.num_steps)
+        _check_grid(walker, self.num_steps, (first, last))
         num, shape = self.num_candidates, live.port.shape
         noises = [live.generator(c.key, "noise") for c in contexts]
         keys = [c.key for c in contexts for _ in range(num)]
@@ -279,24 +296,40 @@ class DenoisingPaths:
             after, logp = walker.draw(path[-1], prediction, step, _normal(noises, num, shape).flatten(0, 1))
             path.append(after)
             logps.append(logp)
-        first, last = _stretch(self.first_step, self.last_step, self.num_steps)
-        states = torch.stack(path[first : last + 1], 1)
-        table = torch.stack(logps[first:last], 1)
-        groups = []
-        for i, c in enumerate(contexts):
-            rows = range(i * num, i * num + num)
-            facts: dict[str, Any] = {"step": first, "clean_step": self.num_steps}
-            groups.append(
-                Group(
-                    key=c.key,
-                    context=c,
-                    candidates=tuple(
-                        Latents(key=c.key, text=c.text, states=states[k], clean=path[-1][k], **facts)
-                        for k in rows
-                    ),
-                    mask=torch.ones(num, last - first, dtype=torch.bool),
-                    unit="denoise",
-                    logp=table[rows.start : rows.stop],
-                )
+        states, table = torch.stack(path[first : last + 1], 1), torch.stack(logps[first:last], 1)
+        stretches = [(i, i + 1) for i in range(last - first)] if self.split else [(0, last - first)]
+        return [
+            self._group(
+                context, first + a, states[rows, a : b + 1], path[-1][rows], table[rows, a:b].contiguous()
             )
-        return groups
+            for rows, context in _rows(contexts, num)
+            for a, b in stretches
+        ]
+
+    def _group(self, context: ImagePrompt, step: int, states: Tensor, clean: Tensor, logp: Tensor) -> Group:
+        """A stretch of K paths from `step` on: states [K, U + 1, Z, H, W], logp [K, U]."""
+        return Group(
+            key=context.key,
+            context=context,
+            candidates=tuple(
+                Latents(
+                    key=context.key,
+                    text=context.text,
+                    step=step,
+                    states=own,
+                    clean=picture,
+                    clean_step=self.num_steps,
+                )
+                for own, picture in zip(states, clean, strict=True)
+            ),
+            mask=torch.ones(logp.shape, dtype=torch.bool),
+            unit="denoise",
+            logp=logp,
+            depth=step,
+        )
+
+
+def _rows(contexts: Sequence[ImagePrompt], num: int) -> Iterator[tuple[slice, ImagePrompt]]:
+    """Each context with the rows of its candidates."""
+    for i, context in enumerate(contexts):
+        yield slice(i * num, i * num + num), context

@@ -12,6 +12,7 @@ from triptych.modalities.diffusion.steps import StepLikelihood
 from triptych.modalities.diffusion.transitions import Ddim, ddim_grid
 from triptych.training.group_state import pack_groups, unpack_groups
 from triptych.training.groups import Group
+from triptych.training.references import FrozenCopy
 
 ALPHAS = torch.linspace(0.9999, 0.02, 100, dtype=torch.float64)
 
@@ -128,3 +129,30 @@ def test_groups_come_back_from_a_checkpoint_bit_for_bit():
 def test_what_does_not_fit_is_named(act, message):
     with pytest.raises(ValueError, match=message):
         act()
+
+
+def test_the_exact_kl_is_that_of_the_steps_gaussians_and_has_their_gradient():
+    policy, base = Toy(), Toy()
+    with torch.no_grad():
+        policy.gain.add_(0.2)
+    made = port(base=FrozenCopy(base))
+    path = latents(3, step=1)
+    batch = made.collate([(ImagePrompt(key="a", text="a cat"), [path])], [0])
+    found = made.readouts(policy, batch, frozenset({"kl"}))
+    torch.testing.assert_close(found["logp"], made.terms(policy, batch), rtol=0, atol=0)
+    (stack,) = batch.stacks
+    expected = [
+        torch.distributions.kl_divergence(
+            torch.distributions.Normal((keep + push * 0.5) * x, std),
+            torch.distributions.Normal((keep + push * 0.3) * x, std),
+        ).mean()
+        for x, keep, push, std in zip(stack.states, stack.keep, stack.push, stack.std, strict=True)
+    ]
+    torch.testing.assert_close(found["kl"][0].detach(), torch.stack(expected), rtol=1e-4, atol=1e-9)
+    (gradient,) = torch.autograd.grad(found["kl"].sum(), policy.gain)
+    # KL = (0.2 push)^2 x^2 / (2 std^2), so its derivative is 2 / 0.2 times it.
+    assert float(gradient) == pytest.approx(10 * float(found["kl"].sum().detach()), rel=1e-4)
+    with pytest.raises(ValueError, match="no base model"):
+        port().readouts(policy, batch, frozenset({"kl"}))
+    with pytest.raises(ValueError, match="no entropy"):
+        made.readouts(policy, batch, frozenset({"entropy", "kl"}))

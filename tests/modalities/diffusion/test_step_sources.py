@@ -8,6 +8,7 @@ from test_step_port import Toy, port
 
 from triptych.modalities.diffusion.latents import ImagePrompt, Latents
 from triptych.modalities.diffusion.step_sources import DenoisingPaths, StepSiblings
+from triptych.modalities.diffusion.transitions import ddim_grid
 from triptych.training.groups import Verdict
 from triptych.training.stages import Live
 
@@ -39,6 +40,7 @@ class Clean:
         StepSiblings(num_steps=5, first_step=1, num_candidates=2, segment=2),
         DenoisingPaths(num_steps=5, num_candidates=3, last_step=4),
         DenoisingPaths(num_steps=5, num_candidates=2, shared_noise=True),
+        DenoisingPaths(num_steps=5, num_candidates=2, first_step=1, split=True),
     ],
 )
 def test_the_log_densities_of_drawing_are_those_of_training(source):
@@ -140,3 +142,27 @@ def test_paths_start_apart_or_together():
 def test_what_does_not_fit_is_named(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_paths_split_into_steps_are_the_same_paths_and_judged_by_the_same_picture():
+    whole = DenoisingPaths(num_steps=5, num_candidates=3, first_step=1, last_step=4)(PROMPTS, live())
+    split = DenoisingPaths(num_steps=5, num_candidates=3, first_step=1, last_step=4, split=True)(
+        PROMPTS, live()
+    )
+    assert [g.depth for g in split] == [1, 2, 3] * 2
+    for i, group in enumerate(whole):
+        parts = split[3 * i : 3 * i + 3]
+        torch.testing.assert_close(torch.cat([p.logp for p in parts], 1), group.logp, rtol=0, atol=0)
+        for k, candidate in enumerate(group.candidates):
+            for step, part in enumerate(parts):
+                assert torch.equal(part.candidates[k].states, candidate.states[step : step + 2])
+                # Judges know a picture again by its memory.
+                assert part.candidates[k].clean.data_ptr() == parts[0].candidates[k].clean.data_ptr()
+
+
+def test_a_step_without_noise_is_named():
+    at = live()
+    at.port = port(grid=ddim_grid(5, num_times=100, spacing="leading"))
+    with pytest.raises(ValueError, match="step 4 of 5 has no noise"):
+        DenoisingPaths(num_steps=5)(PROMPTS, at)
+    assert len(DenoisingPaths(num_steps=5, last_step=4)(PROMPTS, at)) == 2
