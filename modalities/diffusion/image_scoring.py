@@ -67,6 +67,25 @@ class MeasureScorer:
         return torch.tensor(measure_of(self.measure)(images), dtype=torch.float32)
 
 
+@SCORERS.register("measures")
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuresScorer:
+    """sum_m weights_m measure_m of several measures, by name, each in its own units."""
+
+    weights: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.weights:
+            raise ValueError("weights must name at least one measure")
+        for name in self.weights:
+            measure_of(name)
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[str]) -> Tensor:
+        """Scores, [N]."""
+        parts = [weight * torch.tensor(measure_of(name)(images)) for name, weight in self.weights.items()]
+        return torch.stack(parts).sum(0)
+
+
 @dataclass(frozen=True, slots=True)
 class CallableScorer:
     """Any function of pictures and prompts that gives one number each."""
