@@ -31,6 +31,9 @@ SCORERS: Registry[ImageScorer] = Registry("image scorer")
 
 def build_scorer(config: PlugConfig | Mapping[str, Any]) -> ImageScorer:
     """A scorer from its name and options; ValueError naming the valid ones."""
+    # They register themselves, and import the registry from here.
+    from triptych.modalities.diffusion import image_scorers  # noqa: F401
+
     if isinstance(config, Mapping):
         if "name" not in config or set(config) - {"name", "options"}:
             raise ValueError(f"an image scorer is {{name, options}}, not {{{', '.join(map(str, config))}}}")

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from triptych.modalities.diffusion.image_scoring import ImageScorer, build_scorer, scores_of_images
 from triptych.modalities.diffusion.latents import Latents
+from triptych.modalities.diffusion.policy import Conditions
 from triptych.modalities.diffusion.reward_models import StepReward, load_reward
 from triptych.modalities.diffusion.rollout import to_images
-from triptych.modalities.diffusion.step_batches import joined
+from triptych.modalities.diffusion.step_batches import joined, one_row
 from triptych.modalities.diffusion.step_port import StepPort
 from triptych.training.groups import Group, Verdict, scores_of
 from triptych.training.judges import JUDGES as COMMON
@@ -123,7 +124,7 @@ class StepJudge:
             cut = slice(start, start + self.batch_size)
             pictures = _decoded(live, seen.latents[cut])
             conditions = joined([live.port.prompts[key] for key in seen.keys[cut]])
-            scores.append(_checked(reward(pictures, seen.texts[cut], times[cut], conditions)))
+            scores.append(_checked(reward(pictures, seen.texts[cut], times[cut], conditions, _empty(live))))
         return _verdicts(scores, seen.places)
 
 
@@ -152,7 +153,9 @@ class LatentJudge:
             states = torch.stack([c.states[-1] for c, _ in part])
             times = torch.tensor([_time(port, c.end) for c, _ in part])
             conditions = joined([port.prompts[key] for _, key in part])
-            scores.append(_checked(reward(states, [c.text for c, _ in part], times, conditions)))
+            scores.append(
+                _checked(reward(states, [c.text for c, _ in part], times, conditions, _empty(live)))
+            )
         ends = torch.tensor([g.size for g in groups]).cumsum(0).tolist()
         starts = [0, *ends[:-1]]
         return _verdicts(scores, [torch.arange(a, b) for a, b in zip(starts, ends, strict=True)])
@@ -254,6 +257,10 @@ class _Seen:
 def _time(port: StepPort, step: int) -> float:
     """The time at which a step begins; 0 after the last one."""
     return 0.0 if step == len(port.grid.times) else float(port.grid.times[step])
+
+
+def _empty(live: Live) -> Conditions | None:
+    return None if live.port.empty is None else one_row(*live.port.empty)
 
 
 def _decoded(live: Live, latents: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ SMALL = {
     "run.save_every": 2,
     "sample.num_prompts": 2,
     "sample.num_steps": 2,
+    "sample.scorers": {},
 }
 SPO = {
     "source": {"name": "step_siblings", "options": {"num_candidates": 3, "first_step": 1}},

@@ -90,7 +90,7 @@ def test_several_scorers_vote_on_pictures_decoded_once():
 def test_a_step_reward_is_told_the_time_that_sees_the_picture_and_0_at_the_end():
     at, told = live(), []
 
-    def reward(x, texts, times, conditions):
+    def reward(x, texts, times, conditions, empty):
         told.append((tuple(x.shape), list(texts), times.tolist(), conditions.embeds[:, 0, 0].tolist()))
         return x.mean((1, 2, 3))
 
@@ -109,7 +109,7 @@ def test_a_step_reward_is_told_the_time_that_sees_the_picture_and_0_at_the_end()
 def test_a_latent_reward_sees_the_last_state_at_its_own_time_and_nothing_is_decoded():
     at, told = live(), []
 
-    def reward(x, texts, times, conditions):
+    def reward(x, texts, times, conditions, empty):
         told.append(times.tolist())
         return x.mean((1, 2, 3))
 
