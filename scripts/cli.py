@@ -13,10 +13,19 @@ COMMANDS = {
         "align a language model on its own samples",
     ),
     ("train", "diffusion"): ("train_diffusion", "align a diffusion or flow model"),
+    ("train", "diffusion-online"): (
+        "train_diffusion_online",
+        "align a diffusion or flow model on its own samples",
+    ),
+    ("train", "image-scorer"): ("train_image_scorer", "train a scorer of pictures or of denoising steps"),
     ("train", "reward"): ("train_reward", "train a reward model"),
     ("evaluate",): ("evaluate", "held-out results of an aligned model"),
     ("encode",): ("encode_images", "encode images and prompts once, for train diffusion"),
     ("prefer",): ("make_preferences", "draw pictures and label them by a measure"),
+    ("draw",): ("draw_images", "draw pictures of every prompt with several models"),
+    ("label",): ("label_images", "let scorers judge pictures, and write preferences of their votes"),
+    ("feedback",): ("ai_feedback", "draw, vote, encode and train in one recipe"),
+    ("compare",): ("compare_images", "draw the same prompts from the same noise with several models"),
     ("plan",): ("plan", "memory, FLOPs and days of a diffusion run"),
     ("improve",): ("improve", "let a trained model improve its answers, step by step"),
     ("methods",): ("methods", "how every online method is composed"),
@@ -33,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> int:
     for command, (module, _) in COMMANDS.items():
         if tuple(words[: len(command)]) == command:
             return importlib.import_module(f"triptych.scripts.{module}").main(words[len(command) :])
-    usage = [f"  triptych {' '.join(c):<17} {text}" for c, (_, text) in COMMANDS.items()]
+    usage = [f"  triptych {' '.join(c):<22} {text}" for c, (_, text) in COMMANDS.items()]
     asked = not words or words[0] in ("-h", "--help")
     problem = [] if asked else [f"error: no command '{' '.join(words[:2])}'; see triptych --help"]
     print(

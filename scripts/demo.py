@@ -4,13 +4,15 @@
     python scripts/demo.py --panel images
 
 llm: SmolLM2-135M-Instruct aligned with pairs of real customers' reviews; about 8 minutes on 2 CPU cores.
-images: the project's own small SDXL-class pipeline draws pictures, the redder of them is preferred, and
-Diffusion-DPO learns from the pairs; about 5 minutes.
+images: the project's own small SDXL-class pipeline draws pictures, five scorers vote on them, and three
+methods learn from the votes: Diffusion-DPO from pairs, RankDPO from lists, SPO from its own denoising steps.
+They are drawn beside the base from the same noise and judged by what no scorer saw; about 10 minutes.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -18,12 +20,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from triptych.scripts import encode_images, make_preferences, train_diffusion, train_llm
+from triptych.scripts import (
+    ai_feedback,
+    compare_images,
+    train_diffusion,
+    train_diffusion_online,
+    train_llm,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "scripts" / "recipes"
 OPENMOJI = "asset:openmoji_sdxl"
-DRAWING = ("--measure=redness", "--num_per_prompt=3", "--num_steps=20", "--guidance=3", "--batch_size=48")
 
 
 def llm(folder: Path) -> tuple[int, Path]:
@@ -33,29 +40,61 @@ def llm(folder: Path) -> tuple[int, Path]:
 
 
 def images(folder: Path) -> tuple[int, Path]:
-    """The image panel: draw and compare, encode, align; (exit code, run folder). Continues what is there."""
-    pairs, data, run = folder / "pairs", folder / "data", folder / "run"
-    model = ["--model.name_or_path", OPENMOJI]
-    if not pairs.exists():
-        # Every second prompt: 160 of 320.
-        prompts = (ROOT / "assets" / "openmoji_sdxl" / "prompts.txt").read_text("utf-8").splitlines()[::2]
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "prompts.txt").write_text("\n".join(prompts) + "\n", "utf-8")
-        drawing = [
-            "--measure=redness",
-            "--num_per_prompt=3",
-            "--num_steps=20",
-            "--guidance=3",
-            "--batch_size=48",
-        ]
-        files = ["--prompts", str(folder / "prompts.txt"), "--output_dir", str(pairs)]
-        if code := make_preferences.main([*model, *drawing, *files]):
-            return code, run
-    if code := encode_images.main([*model, "--data.source", str(pairs), "--output_dir", str(data)]):
-        return code, run
-    recipe = RECIPES / "diffusion" / "openmoji_dpo.yaml"
-    places = ["--data.source", str(data), "--run.output_dir", str(run)]
-    return train_diffusion.main(["--config", str(recipe), *places]), run
+    """The image panel: draw, vote, align in three ways, compare; (exit code, folder of the comparison)."""
+    recipes, compared = RECIPES / "diffusion", folder / "compared"
+    # Every second prompt is learnt from; the others are drawn at the end.
+    prompts = (ROOT / "assets" / "openmoji_sdxl" / "prompts.txt").read_text("utf-8").splitlines()
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {name: folder / f"{name}.txt" for name in ("learnt", "held_out")}
+    for name, part in (("learnt", prompts[::2]), ("held_out", prompts[1::2])):
+        files[name].write_text("\n".join(part) + "\n", "utf-8")
+    runs = {"pairs": folder / "run", "ranked": folder / "ranked", "steps": folder / "steps"}
+    models = json.dumps({name: str(run) for name, run in runs.items()})
+    steps: list[tuple[Callable[[list[str]], int], list[str]]] = [
+        (
+            ai_feedback.main,
+            [
+                *("--config", str(recipes / "openmoji_ai_feedback.yaml"), "--output_dir", str(folder)),
+                *("--draw.prompts", str(files["learnt"]), "--label.form", "lists"),
+                *("--train.data.form", "pairs", "--train.optim.num_steps", "80"),
+                *("--train.sample.num_prompts", "12", "--train.sample.num_per_prompt", "2"),
+            ],
+        ),
+        (
+            train_diffusion.main,
+            [
+                *("--config", str(recipes / "openmoji_rankdpo.yaml")),
+                *("--data.source", str(folder / "data"), "--run.output_dir", str(runs["ranked"])),
+            ],
+        ),
+        (
+            train_diffusion_online.main,
+            [
+                *("--config", str(recipes / "online" / "openmoji_spo.yaml")),
+                *("--prompts.source", str(files["learnt"]), "--run.output_dir", str(runs["steps"])),
+            ],
+        ),
+        (
+            compare_images.main,
+            [
+                *("--model.name_or_path", OPENMOJI, "--models", models, "--prompts", str(files["held_out"])),
+                *(
+                    "--output_dir",
+                    str(compared),
+                    "--sample.num_prompts",
+                    "40",
+                    "--sample.num_per_prompt",
+                    "2",
+                ),
+                *("--sample.num_steps", "20", "--sample.guidance", "3", "--sample.batch_size", "40"),
+                *("--sample.measures", '["warm_share", "redness", "saturation", "brightness"]'),
+            ],
+        ),
+    ]
+    for run, words in steps:
+        if code := run(words):
+            return code, compared
+    return 0, compared
 
 
 PANELS: dict[str, Callable[[Path], tuple[int, Path]]] = {"llm": llm, "images": images}

@@ -1,7 +1,8 @@
 """Online methods as they are composed: one line a plug point, read from the recipes themselves.
 
 triptych methods
-triptych methods table
+triptych methods table llm
+triptych methods table diffusion
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import yaml
 
 from triptych.scripts.common import errors_in_one_line
 
-RECIPES = Path(__file__).resolve().parent / "recipes" / "llm" / "online"
+RECIPES = Path(__file__).resolve().parent / "recipes"
+MODALITIES = ("llm", "diffusion")
 COLUMNS = ("recipe", "method", "paper", "source", "judge", "shape", "objective", "keep")
 # Options that say how much, not what.
 _SIZES = {
@@ -35,27 +37,27 @@ def main(args: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="methods", description=(__doc__ or "").splitlines()[0])
     commands = parser.add_subparsers(dest="command")
     table = commands.add_parser("table", help="the table as Markdown, as it stands in the README")
-    del table
+    table.add_argument("modality", choices=MODALITIES, nargs="?", default=MODALITIES[0])
     options = parser.parse_args(args)
     with errors_in_one_line():
         if options.command == "table":
-            print(markdown())
+            print(markdown(options.modality))
         else:
-            for row in rows():
+            for row in (row for modality in MODALITIES for row in rows(modality)):
                 print(f"{row['recipe']}: {row['method']} ({row['paper']})")
                 print(*(f"    {name:<10} {row[name]}" for name in COLUMNS[3:] if row[name] != "-"), sep="\n")
     return 0
 
 
-def rows() -> list[dict[str, str]]:
-    """One row a recipe, in the order of their names."""
-    return [_row(path) for path in sorted(RECIPES.glob("*.yaml"))]
+def rows(modality: str = MODALITIES[0]) -> list[dict[str, str]]:
+    """One row an online recipe of a modality, in the order of their names."""
+    return [_row(path) for path in sorted((RECIPES / modality / "online").glob("*.yaml"))]
 
 
-def markdown() -> str:
-    """The table of all online recipes for the README."""
+def markdown(modality: str = MODALITIES[0]) -> str:
+    """The table of a modality's online recipes for the README."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows():
+    for row in rows(modality):
         cells = [row[name].replace("|", "\\|") for name in COLUMNS]
         lines.append("| " + " | ".join([f"`{cells[0]}`", *cells[1:]]) + " |")
     return "\n".join(lines)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -30,8 +30,10 @@ class DataConfig:
     each context, for sft); 'auto' is what the objective takes. pairs_of_list: which pairs a list makes.
     ties: pairs of strength 1/2 are dropped, or learnt with both labels ('half'). min_margin: pairs with a
     known margin below it are left out. eval_share: of the prompts (or persons: split_by 'group') that are
-    held out, whole. dropout: probability that a context is learnt under the empty prompt. empty_prompt: its
-    embeddings as the encoders give them, or zeros (SDXL-base's pipeline uses zeros when it samples).
+    held out, whole; 'both' holds out persons and prompts, evaluates the new ones of one on those of the
+    other, and leaves out what is new in one respect alone. dropout: probability that a context is learnt
+    under the empty prompt. empty_prompt: its embeddings as the encoders give them, or zeros (SDXL-base's
+    pipeline uses zeros when it samples).
     desirable: for lists as labelled images, the relevance from which one is (None: its list's mean). keep:
     fields of pairs that the objective is given: 'strength' (always where ties are halved), 'margin'.
     """
@@ -44,7 +46,7 @@ class DataConfig:
     eval_share: float = 0.02
     max_eval: int = 512
     max_train: int | None = None
-    split_by: Literal["prompt", "group"] = "prompt"
+    split_by: Literal["prompt", "group", "both"] = "prompt"
     dropout: float = 0.2
     empty_prompt: Literal["encoded", "zeros"] = "encoded"
     desirable: float | None = None
@@ -106,6 +108,7 @@ class View(Sequence[Example]):
             keys=tuple(_content(record, k, hashed) for k in chosen),
             strength=_strength(record) if "strength" in self.keep else None,
             margin=_margin(record, chosen) if "margin" in self.keep else None,
+            group=record["group"],
         )
 
     def _relevance(self, record: dict[str, Any], chosen: Sequence[int]) -> tuple[float, ...]:
@@ -177,25 +180,32 @@ class DiffusionData:
 
 
 def load_data(
-    config: DataConfig, kinds: Sequence[Kind], *, seed: int, report: Callable[[str], None]
+    config: DataConfig,
+    kinds: Sequence[Kind],
+    *,
+    seed: int,
+    report: Callable[[str], None],
+    persons: Container[str | None] | None = None,
 ) -> DiffusionData:
     """The data in the first of `kinds` that it can take, or as config.form says.
 
-    ValueError when the data cannot take the form, or when nothing is left to learn from.
+    persons: whose contexts are taken; None takes all, and those of nobody known. ValueError when the data
+    cannot take the form, or when nothing is left to learn from.
     """
     dataset = EncodedDataset(Path(config.source))
     kind = _kind(config, kinds, dataset)
-    records, picks, left_out = _pick(config, kind, dataset)
+    records, picks, left_out = _pick(config, kind, dataset, persons)
+    held, learnt = _split(config, dataset, records, seed)
+    left_out["examples left out by data.split_by=both"] = int((~(held | learnt)).sum())
     for reason, number in left_out.items():
         if number:
             report(f"data: {number} {reason}")
-    held = _held_out(config, dataset, seed)[records]
     _check_keep(config, kind, dataset, records)
     keep = (
         frozenset(config.keep) | ({"strength"} if config.ties == "half" else set()) if kind == "pair" else ()
     )
     view = View(dataset, kind, records, picks, config.desirable, frozenset(keep))
-    train = replace(view, records=records[~held], picks=picks[~held])
+    train = replace(view, records=records[learnt], picks=picks[learnt])
     if config.max_train is not None:
         train = _first(train, config.max_train, seed)
     if not len(train):
@@ -265,14 +275,18 @@ def _check_keep(config: DataConfig, kind: Kind, dataset: EncodedDataset, records
 
 
 def _pick(
-    config: DataConfig, kind: Kind, dataset: EncodedDataset
+    config: DataConfig, kind: Kind, dataset: EncodedDataset, persons: Container[str | None] | None
 ) -> tuple[np.ndarray, np.ndarray, dict[str, int]]:
     """Record and images of every example, and how many contexts or pairs were left out, by reason."""
-    out: dict[str, int] = dict.fromkeys(("ties left out", "pairs below data.min_margin left out"), 0)
+    unknown = "contexts of nobody in model.persons.users left out"
+    out: dict[str, int] = dict.fromkeys((unknown, "ties left out", "pairs below data.min_margin left out"), 0)
     records, flat, sizes = array("q"), array("h"), array("h")
-    columns = [dataset.column(n) for n in ("kind", "relevance", "strength", "margin")]
+    columns = [dataset.column(n) for n in ("group", "kind", "relevance", "strength", "margin")]
     for index, row in enumerate(_rows(columns)):
-        stored, grades, strength, margin = row
+        person, stored, grades, strength, margin = row
+        if persons is not None and person not in persons:
+            out[unknown] += 1
+            continue
         for chosen in _choices(config, kind, stored, grades, strength, margin, out):
             records.append(index)
             flat.extend(chosen)
@@ -337,11 +351,20 @@ def _pairs_of_list(grades: Sequence[float], which: str) -> list[tuple[int, int]]
     return list(combinations(order, 2))
 
 
-def _held_out(config: DataConfig, dataset: EncodedDataset, seed: int) -> np.ndarray:
-    """Whether each record is held out: a function of its prompt or person and the seed, [num_records]."""
-    names = dataset.column("prompt" if config.split_by == "prompt" else "group")
-    if config.split_by == "group" and names.null_count:
-        raise ValueError("data.split_by=group, but not every record names a person or group")
+def _split(
+    config: DataConfig, dataset: EncodedDataset, records: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the record of each example is held out, and whether it is learnt from, [n] each."""
+    columns = ("prompt", "group") if config.split_by == "both" else (config.split_by,)
+    if "group" in columns and np.asarray(dataset.column("group").is_null())[records].any():
+        raise ValueError(f"data.split_by={config.split_by}, but not every record names a person or group")
+    flags = np.stack([_held_out(config, dataset, name, seed) for name in columns])[:, records]
+    return np.asarray(flags.all(0)), ~np.asarray(flags.any(0))
+
+
+def _held_out(config: DataConfig, dataset: EncodedDataset, column: str, seed: int) -> np.ndarray:
+    """Whether each record's prompt or person is held out: a function of it and the seed, [num_records]."""
+    names = dataset.column(column)
     flags = np.zeros(len(names), dtype=bool)
     if not config.eval_share:
         return flags

@@ -12,10 +12,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from triptych.modalities.diffusion.persons import add_persons, switch_of, user_attentions
 from triptych.training.atomic import delete, make_temporary, publish, sync
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+PERSONS_FILE = "persons.safetensors"
 ADAPTER = "default"
 _METADATA = "lora_adapter_metadata"
 State = Mapping[str, Tensor]
@@ -98,6 +100,8 @@ def export_full(denoiser: Any, folder: Path, *, state: State | None = None) -> P
 
     if getattr(denoiser, "peft_config", None):
         raise ValueError("the model has adapters: export them, or merge them first")
+    if user_attentions(denoiser):
+        raise ValueError("the model attends to users: export that attention, its base is as it was")
     target = folder / part_of(denoiser)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = make_temporary(target)
@@ -120,8 +124,54 @@ def export_full(denoiser: Any, folder: Path, *, state: State | None = None) -> P
     return target
 
 
+def export_persons(denoiser: nn.Module, folder: Path, *, state: State | None = None) -> Path:
+    """Write W'_k and W'_v of every cross-attention, with what `load_persons` needs to know in the header.
+
+    state: the model's gathered state dict where its own tensors are sharded.
+    """
+    from safetensors.torch import save_file
+
+    weights = _persons(denoiser, state)
+    width = next(iter(weights.values())).shape[1]
+    about = {"format": "pt", "width": str(width), "scale": repr(switch_of(denoiser).scale)}
+    return _write(folder, PERSONS_FILE, lambda temporary: save_file(weights, temporary / PERSONS_FILE, about))
+
+
+def load_persons(denoiser: Any, folder: Path | str) -> None:
+    """Give a UNet the attention to users that `export_persons` wrote, or its weights if it has one.
+
+    ValueError when the folder has none, or one of another UNet, width or scale.
+    """
+    path = Path(folder) / PERSONS_FILE
+    weights, about = _read(path, "load_persons")
+    try:
+        width, scale = int(about["width"]), float(about["scale"])
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{path} does not say its width and scale") from error
+    if not user_attentions(denoiser):
+        add_persons(denoiser, width=width, scale=scale)
+    elif switch_of(denoiser).scale != scale:
+        raise ValueError(f"{path} has scale={scale:g}, the model's is {switch_of(denoiser).scale:g}")
+    mine = _persons(denoiser, None)
+    _check_fit(weights, mine, path)
+    with torch.no_grad():
+        for name, value in weights.items():
+            mine[name].copy_(value)
+
+
+def _persons(denoiser: nn.Module, state: State | None) -> dict[str, Tensor]:
+    """The weights of attention to users: down_blocks ... attn2.to_k.weight."""
+    names = [
+        f"{name}.processor.{part}.weight" for name in user_attentions(denoiser) for part in ("to_k", "to_v")
+    ]
+    if not names:
+        raise ValueError("the model attends to no user, so there is nothing of it to export")
+    given = denoiser.state_dict() if state is None else state
+    return {name.replace(".processor.", "."): given[name].detach().contiguous() for name in names}
+
+
 def load_exported(denoiser: Any, folder: Path) -> None:
-    """Put exported weights, an adapter or a whole model, into a model set up as for training.
+    """Put exported weights, an adapter, attention to users or a whole model, into one set up as for training.
 
     The adapter's tensors are replaced in place, so that an optimizer made before still trains them; loading
     through the pipeline would add a second adapter and leave the first one, untrained, to the optimizer.
@@ -129,6 +179,8 @@ def load_exported(denoiser: Any, folder: Path) -> None:
     """
     if getattr(denoiser, "peft_config", None):
         _load_adapter(denoiser, folder / LORA_FILE)
+    elif user_attentions(denoiser):
+        load_persons(denoiser, folder)
     else:
         _load_whole(denoiser, folder / part_of(denoiser))
 
@@ -138,7 +190,7 @@ def _load_adapter(denoiser: Any, path: Path) -> None:
     from peft import set_peft_model_state_dict
 
     prefix = f"{part_of(denoiser)}."
-    weights, about = _read(path)
+    weights, about = _read(path, "model.lora")
     found = json.loads(about.get(_METADATA, "{}"))
     settings = _settings(denoiser)
     for name in ("r", "lora_alpha"):
@@ -157,14 +209,14 @@ def _load_whole(denoiser: nn.Module, folder: Path) -> None:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{folder} does not hold a whole model, which model.lora=null asks for")
-    weights = {name: value for path in files for name, value in _read(path)[0].items()}
+    weights = {name: value for path in files for name, value in _read(path, "model.lora=null")[0].items()}
     _check_fit(weights, denoiser.state_dict(), folder)
     denoiser.load_state_dict(weights)
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read(path: Path, wanted: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise ValueError(f"{path.parent} does not hold {path.name}, which model.lora asks for")
+        raise ValueError(f"{path.parent} does not hold {path.name}, which {wanted} asks for")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118

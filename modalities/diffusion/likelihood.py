@@ -17,6 +17,7 @@ from torch import Tensor
 
 from triptych.modalities.diffusion.draws import Draws, NoiseConfig, draw
 from triptych.modalities.diffusion.kernels import Impl, residual_difference, squared_residual
+from triptych.modalities.diffusion.persons import Users
 from triptych.modalities.diffusion.policy import Conditions
 from triptych.modalities.diffusion.schedule import Schedule, Space
 from triptych.objectives import Input, LabelledLogLik, ListLogLik, LogLik, PairLogLik
@@ -38,7 +39,7 @@ class Example:
     latents [K, Z, H, W], scaled as the model takes them: the mean of the VAE's posterior, or with logvar its
     parameters. embeds [L, D], pooled [P] or None; time_ids [K, 6] or None. keys: content hash of each
     candidate in its context. kind 'labelled': relevance > 0 is desirable. strength: P(first preferred) of a
-    pair.
+    pair. group: whose preference it is, None if unknown.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Example:
     logvar: Tensor | None = None
     strength: float | None = None
     margin: float | None = None
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,17 +118,22 @@ class Collator:
     """Examples of one kind -> DiffusionBatch, with times and noise from each draw's seed.
 
     empty: (embeds [L, D], pooled [P] or None) of the empty prompt, which takes a context's place with
-    probability `dropout`, for all of its candidates alike.
+    probability `dropout`, for all of its candidates alike. users: vectors of the examples' groups, which the
+    policy is to see; with probability `user_dropout` zeros, as for an example without a group.
     """
 
     schedule: Schedule
     noise: NoiseConfig = field(default_factory=NoiseConfig)
     empty: tuple[Tensor, Tensor | None] | None = None
     dropout: float = 0.0
+    users: Users | None = None
+    user_dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.dropout and self.empty is None:
             raise ValueError("prompt dropout needs the embeddings of the empty prompt")
+        if self.user_dropout and self.users is None:
+            raise ValueError("user dropout needs the vectors of the users")
 
     def __call__(self, examples: Sequence[Example], draws: Sequence[Draw]) -> DiffusionBatch:
         """One batch; ValueError when the examples are not all of one kind."""
@@ -150,6 +157,7 @@ class Collator:
             conditions=Conditions(
                 torch.stack([embeds for embeds, _, _ in prompts]),
                 _stacked([pooled for _, pooled, _ in prompts]),
+                users=_stacked([self._user(e, at) for e, at in zip(examples, draws, strict=True)]),
             ),
             num_draws=self.noise.num_draws,
             slots=slots,
@@ -172,6 +180,16 @@ class Collator:
             if float(torch.rand((), generator=chance)) < self.dropout:
                 return (*self.empty, True)
         return example.embeds, example.pooled, False
+
+    def _user(self, example: Example, at: Draw) -> Tensor | None:
+        """Vectors of the example's person. No key names them: references do not see them."""
+        if self.users is None or example.group is None:
+            return None if self.users is None else self.users.nobody
+        if self.user_dropout:
+            chance = torch.Generator().manual_seed(key("user dropout", at.seed))
+            if float(torch.rand((), generator=chance)) < self.user_dropout:
+                return self.users.nobody
+        return self.users[example.group]
 
 
 # latents, noise, time, cell, prompt, size condition of one row of a stack.

@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from triptych.modalities.diffusion.folders import FAMILIES, SAFETY, Family, check_folder, check_index
+from triptych.modalities.diffusion.persons import PersonsConfig, add_persons
 
 logger = logging.getLogger(__name__)
 
@@ -63,9 +64,10 @@ class ModelConfig:
     """The base model and how it is adapted.
 
     name_or_path: a hub name, a folder, or 'asset:NAME' for a model that the project ships. variant: 'fp16'
-    reads the files of that name. lora: null trains every weight. reference 'adapter_off' is the base under
-    the adapters; 'frozen_copy' a snapshot. cache_reference computes the reference's values once, before
-    training, and keeps them. prediction: what the model predicts, 'auto' as its scheduler says.
+    reads the files of that name. lora: null trains every weight. persons: attention to the user, which alone
+    is trained; with lora null and reference 'user_off', the base that sees none. reference 'adapter_off' is
+    the base under the adapters; 'frozen_copy' a snapshot. cache_reference computes the reference's values
+    once, before training, and keeps them. prediction: what the model predicts, 'auto' as its scheduler says.
     """
 
     name_or_path: str
@@ -73,7 +75,8 @@ class ModelConfig:
     variant: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     lora: LoraConfig | None = field(default_factory=LoraConfig)
-    reference: Literal["adapter_off", "frozen_copy"] = "adapter_off"
+    persons: PersonsConfig | None = None
+    reference: Literal["adapter_off", "frozen_copy", "user_off"] = "adapter_off"
     cache_reference: bool = False
     gradient_checkpointing: bool = False
     channels_last: bool = False
@@ -82,9 +85,13 @@ class ModelConfig:
     kernel: Literal["auto", "reference", "fused", "triton"] = "auto"
 
     def __post_init__(self) -> None:
+        if (self.persons is not None) != (self.reference == "user_off"):
+            raise ValueError(f"model.reference={self.reference}: user_off goes with model.persons alone")
+        if self.persons is not None and self.lora is not None:
+            raise ValueError("model.persons trains the attention to the user alone: set model.lora=null")
         if self.reference == "adapter_off" and self.lora is None:
             raise ValueError("model.reference=adapter_off needs model.lora; without it use frozen_copy")
-        if self.dtype == "float16" and self.lora is None:
+        if self.dtype == "float16" and self.lora is None and self.persons is None:
             raise ValueError(
                 "model.dtype=float16 has too few bits to train every weight in; use float32 or bfloat16, "
                 "or model.lora, whose weights stay in float32"
@@ -263,16 +270,21 @@ def _loading(source: str) -> Iterator[None]:
         raise ValueError(f"cannot load model.name_or_path={source}: {reason}") from error
 
 
-def adapt(denoiser: Any, config: ModelConfig) -> nn.Module:
+def adapt(denoiser: Any, config: ModelConfig, *, user_width: int | None = None) -> nn.Module:
     """The model as it is trained: LoRA on a frozen base, or every weight; checkpointing, layout, compilation.
 
     Adapters are diffusers' own (`add_adapter`, no wrapper) and in float32 whatever the base's dtype.
+    user_width: of the users' vectors, if and only if config.persons asks for attention to them.
     """
+    if (config.persons is None) != (user_width is None):
+        raise ValueError("model.persons is for training on encoded preferences, whose records name persons")
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing(_checkpointed)
     if config.channels_last:
         denoiser.to(memory_format=torch.channels_last)
-    if config.lora is None:
+    if config.persons is not None and user_width is not None:
+        add_persons(denoiser, width=user_width, scale=config.persons.scale)
+    elif config.lora is None:
         denoiser.requires_grad_(True)
     else:
         _add_lora(denoiser, config.lora)

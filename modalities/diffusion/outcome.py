@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -98,7 +99,9 @@ class HeldOutDrift:
         if reference is None:
             return None
         if self._batches is None:
-            self._batches = self._collated()
+            # As in training, data is put together outside of the low precision.
+            with torch.autocast("cpu", enabled=False):
+                self._batches = self._collated()
         likelihood: Any = self._run.task.likelihood
         return float(drift(likelihood, policy, reference, self._batches).mean())
 

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from triptych.modalities.diffusion.export import LORA_FILE, export_full, export_kohya, export_lora, part_of
+from triptych.modalities.diffusion.export import (
+    LORA_FILE,
+    export_full,
+    export_kohya,
+    export_lora,
+    export_persons,
+    part_of,
+)
 from triptych.modalities.diffusion.gallery import Pictures, Studio, side_by_side
 from triptych.modalities.diffusion.grids import png, readable
 from triptych.modalities.diffusion.measures import diversity
@@ -165,6 +172,16 @@ def snippet(scene: Scene) -> str:
             f"pipe = {made}.from_pretrained({name!r}, use_safetensors=True{extra})",
             f'pipe.load_lora_weights(".", weight_name="{LORA_FILE}")',
         ]
+    elif scene.model.persons is not None:
+        lines = [
+            "from pathlib import Path\n",
+            f"from diffusers import {made}",
+            "from triptych.modalities.diffusion.export import load_persons",
+            "from triptych.modalities.diffusion.persons import Users, drawn_for\n",
+            f"pipe = {made}.from_pretrained({name!r}, use_safetensors=True{extra})",
+            'load_persons(pipe.unet, ".")',
+            f"users = Users.load(Path({scene.model.persons.users!r}))",
+        ]
     else:
         model = type(scene.policy.model).__name__
         lines = [
@@ -178,6 +195,10 @@ def snippet(scene: Scene) -> str:
     prompt = scene.prompts[0] if scene.prompts else "a photo of an astronaut"
     steps, guidance = scene.sample.num_steps, scene.sample.guidance
     call = f"image = pipe({prompt!r}, num_inference_steps={steps}, guidance_scale={guidance}).images[0]"
+    if scene.model.persons is not None:
+        shown = scene.model.persons.shown
+        user = "next(iter(users.vectors.values()))" if shown is None else f"users[{shown!r}]"
+        call = f"with drawn_for(pipe, {user}):\n    {call}"
     return "\n".join([*lines, call]) + "\n"
 
 
@@ -191,11 +212,14 @@ def _absent(scene: Scene) -> dict[str, None]:
 
 
 def export_model(scene: Scene, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
-    """Write the policy: a LoRA for diffusers (and one for kohya's tools), or the whole denoiser.
+    """Write the policy: a LoRA for diffusers (and kohya's tools), its attention to users, or all of it.
 
     state: the gathered weights of a sharded policy.
     """
     model: nn.Module = scene.policy.model
+    if scene.model.persons is not None:
+        export_persons(model, folder, state=state)
+        return
     if scene.model.lora is None:
         export_full(model, folder, state=state)
         return

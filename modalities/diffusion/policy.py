@@ -1,6 +1,7 @@
 """The policy of a diffusion run: one call for UNets and flow transformers, with a switch for its adapters.
 
-Shapes: N rows of one latent shape, L prompt tokens, D their width, P the width of the pooled prompt.
+Shapes: N rows of one latent shape, L prompt tokens, D their width, P the width of the pooled prompt, T
+vectors of a user, E wide.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from triptych.modalities.diffusion.persons import arguments_of
 from triptych.training.references import unchanged
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What rows are conditioned on: embeds [N, L, D], pooled [N, P] or None, time_ids [N, 6] or None.
+    """What rows see: embeds [N, L, D]; pooled [N, P], time_ids [N, 6] and users [N, T, E], or None.
 
     time_ids: (original height, original width, top, left, target height, target width) in pixels (SDXL,
-    Podell et al. 2023, section 2.2).
+    Podell et al. 2023, section 2.2). users: see `persons`.
     """
 
     embeds: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
+    users: Tensor | None = None
 
     def rows(self, index: Tensor) -> Conditions:
         """The conditions of the rows `index`, [M]."""
@@ -38,7 +41,7 @@ class Conditions:
         return Conditions(*moved)  # type: ignore[arg-type]
 
     def _all(self) -> tuple[Tensor | None, ...]:
-        return self.embeds, self.pooled, self.time_ids
+        return self.embeds, self.pooled, self.time_ids, self.users
 
 
 class Denoiser(nn.Module):
@@ -66,6 +69,7 @@ class Denoiser(nn.Module):
         embeds = conditions.embeds.to(dtype)
         pooled = None if conditions.pooled is None else conditions.pooled.to(dtype)
         times = times.to(torch.float32)
+        persons = arguments_of(self.model, conditions.users)
         if not hasattr(self.model, "conv_in"):
             return self.model(
                 hidden_states=noisy.to(dtype),
@@ -82,6 +86,7 @@ class Denoiser(nn.Module):
             times,
             encoder_hidden_states=embeds,
             added_cond_kwargs=added,
+            cross_attention_kwargs=persons,
             return_dict=False,
         )[0]
 

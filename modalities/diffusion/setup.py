@@ -30,6 +30,7 @@ from triptych.modalities.diffusion.model import (
     load_scheduler,
     locate,
 )
+from triptych.modalities.diffusion.persons import UserOff, Users, switch_of
 from triptych.modalities.diffusion.policy import Denoiser
 from triptych.modalities.diffusion.rollout import SampleConfig
 from triptych.modalities.diffusion.scene import Scene
@@ -151,7 +152,11 @@ def set_up(
         kernel=config.model.kernel,
         baseline=_needs_baseline(terms),
     )
-    data = load_data(config.data, _kinds(terms), seed=config.run.seed, report=report)
+    users = _users(config, kind_of_model)
+    data = load_data(config.data, _kinds(terms), seed=config.run.seed, report=report, persons=users)
+    if users is not None:
+        # Another table is other data.
+        data = replace(data, fingerprint=f"{data.fingerprint} {users.fingerprint}")
     _check_encoded(data, kind_of_model, source)
     terms.check(INPUT_OF[data.kind], _provided(data, likelihood), bound=True, modality="diffusion")
     report(_beta_line(terms, config, data))
@@ -160,12 +165,18 @@ def set_up(
     _check_sizes(data, model, source)
     base_hash = content_hash(model)
     torch.manual_seed(config.run.seed)
-    policy = Denoiser(adapt(model, config.model)).to(device)
+    width = None if users is None else users.width
+    policy = Denoiser(adapt(model, config.model, user_width=width)).to(device)
+    if users is not None and config.model.persons is not None:
+        shown = config.model.persons.shown or (data.held_out or data.train)[0].group
+        switch_of(policy).shown = users[str(shown)]
+        report(f"persons: {len(users)} with vectors; pictures are drawn for '{shown}'")
     references = _references(config, terms, policy, data, base_hash, cache_dir)
     empty = (data.empty.embeds, data.empty.pooled)
-    collate = Collator(schedule=schedule, noise=config.noise, empty=empty, dropout=config.data.dropout)
-    # Held-out contexts keep their prompts.
-    plain = Collator(schedule=schedule, noise=config.noise)
+    # Held-out contexts keep their prompts and persons.
+    plain = Collator(schedule=schedule, noise=config.noise, users=users)
+    forgotten = 0.0 if config.model.persons is None else config.model.persons.dropout
+    collate = replace(plain, empty=empty, dropout=config.data.dropout, user_dropout=forgotten)
     held_out = data.held_out
     return DiffusionRun(
         policy=policy,
@@ -247,6 +258,18 @@ def _eval_cuts(task: Task, config: DiffusionConfig) -> Iterator[list[Draw]]:
         yield [Draw(i, -1, key("eval", config.run.seed, i)) for i in order[start : start + size]]
 
 
+def _users(config: DiffusionConfig, kind_of_model: str) -> Users | None:
+    """The table of model.persons, before anything big is loaded."""
+    if config.model.persons is None:
+        return None
+    if kind_of_model == "sd3":
+        raise ValueError(
+            "model.persons adds to cross-attention, which UNets have (sd15, sdxl); this model is sd3, whose "
+            "text and picture share one attention"
+        )
+    return Users.load(Path(config.model.persons.users))
+
+
 def _kinds(terms: Terms) -> list[Kind]:
     """Kinds of data that every term takes."""
     kinds = [k for k, made in INPUT_OF.items() if all(made in t.objective.spec.takes for t in terms.terms)]
@@ -317,6 +340,8 @@ def _references(
         raise ValueError(f"reference slot {', '.join(other)} needs stages or rounds; here there is 'frozen'")
     if config.model.reference == "adapter_off":
         frozen: Reference = AdapterOff()
+    elif config.model.reference == "user_off":
+        frozen = UserOff()
     else:
         # The table is filled before the first step, while the policy is its own reference.
         frozen = Untrained() if config.model.cache_reference else FrozenCopy.of(policy)

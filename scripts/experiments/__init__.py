@@ -19,4 +19,11 @@ EXPERIMENTS: tuple[str, ...] = (
     "diffusion_steps",
     "groupwise_regret",
 )
-LONG: tuple[str, ...] = ("smollm2_online", "diffusion_pairs", "diffusion_ranked", "diffusion_variance")
+LONG: tuple[str, ...] = (
+    "smollm2_online",
+    "diffusion_pairs",
+    "diffusion_ranked",
+    "diffusion_variance",
+    "step_aware",
+    "persons_ppd",
+)
