@@ -4,16 +4,22 @@ import math
 
 import image_material
 import pytest
+import torch
+import yaml
 from image_material import RECIPES
 
 from triptych.modalities.diffusion.encoding import EncodeConfig
+from triptych.modalities.diffusion.persons import Users
 from triptych.modalities.diffusion.setup import DiffusionConfig
+from triptych.modalities.diffusion.shards import EncodedDataset
 from triptych.objectives import spec
 from triptych.scripts import train_diffusion
 from triptych.scripts.common import parse
 
 ALL = sorted(RECIPES.glob("*.yaml"))
-TRAIN = [p for p in ALL if not p.stem.startswith("encode_")]
+SECTIONS = {p: set(yaml.safe_load(p.read_text())) for p in ALL}
+# Recipes of train_diffusion; others draw and label first, or train a scorer.
+TRAIN = [p for p, has in SECTIONS.items() if {"data", "objective"} <= has and not has & {"scorer", "label"}]
 ENCODE = [p for p in ALL if p.stem.startswith("encode_")]
 # The loss of an untrained policy: -log sigmoid(0), 1 - sigmoid(0); the others' depends on the data.
 AT_THE_START = {"dpo": math.log(2), "rank_dpo": math.log(2), "kto": 0.5}
@@ -25,6 +31,14 @@ def read(path, config_type=DiffusionConfig):
 
 def family_of(path):
     return next((f for f in ("sd15", "sd3", "sdxl") if path.stem.startswith(f)), "sdxl")
+
+
+def write_users(data, path):
+    """Vectors of everybody whose pairs were encoded."""
+    groups = set(EncodedDataset(data).column("group").to_pylist()) - {None}
+    assert len(groups) > 1
+    Users({name: torch.randn(2, 6) for name in sorted(groups)}).save(path)
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +60,11 @@ def test_a_recipe_is_read_as_it_stands_and_its_objective_is_built(path):
     config = read(path)
     assert config.objective.terms().main.objective.spec.name == spec(config.objective.name).name
     # The demo's recipe works in the demo's folder.
-    assert config.run.output_dir == (
-        "runs/demo/images/run" if "demo" in config.data.source else f"runs/{path.stem}"
-    )
+    in_the_demo = config.run.output_dir.startswith("runs/demo/images/")
+    assert in_the_demo if "demo" in config.data.source else config.run.output_dir == f"runs/{path.stem}"
     assert path.read_text().startswith("# ")
     # The name says what is trained, and how.
-    assert config.objective.name.replace("_", "") in path.stem
+    assert (config.objective.name.replace("_", "") if config.model.persons is None else "ppd") in path.stem
     assert path.stem.endswith("_full") <= (config.model.lora is None)
     assert path.stem.endswith("_lora") <= (config.model.lora is not None)
 
@@ -76,6 +89,8 @@ def test_a_recipe_runs_two_steps_on_a_tiny_model_of_its_family(path, material, t
     }
     if config.model.variant is None and family == "sdxl":
         changes["model__variant"] = "fp16"
+    if config.model.persons is not None:
+        changes["model__persons__users"] = write_users(material / data, tmp_path / "users.safetensors")
     args = image_material.arguments(path.stem, material, out, data=data, family=family, **changes)
     assert train_diffusion.main(args) == 0
     steps = image_material.events(out, "train")
