@@ -96,6 +96,7 @@ def run(config: CompareConfig) -> int:
         config=as_dict(config),
         command=command_line(),
         versions=versions(),
+        trained=False,
     )
     for name, value in results.items():
         print(f"  {name}: {value:{_DIGITS}}", file=sys.stderr)

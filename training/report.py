@@ -81,6 +81,7 @@ def write_report(
     quarantine_counts: Mapping[str, int],
     command: str,
     versions: Mapping[str, str] | None = None,
+    trained: bool = True,
 ) -> Path:
     """Write `run_dir/report.html` and return its path.
 
@@ -89,13 +90,14 @@ def write_report(
     characters; config, command, tables and reasons are also redacted. The page may load nothing (its
     content security policy allows inline styles and data images only) and holds no script and no date,
     so the same run gives the same bytes. ValueError for an image that is neither PNG nor JPEG or a table
-    row whose length is not that of its columns.
+    row whose length is not that of its columns. trained: whether there is a section on training.
     """
     run_dir = Path(run_dir)
     log = run_dir / "metrics.jsonl"
     metrics = read_metrics(log) if log.exists() else []
     page = _template().render(
         title=_text(title),
+        trained=trained,
         run=_text(run_dir.resolve().name),
         num_steps=max((event["step"] for event in metrics), default=0),
         summary=[(_text(label), _cell(value)) for label, value in summary],

@@ -31,7 +31,11 @@ def test_objectives_show_prints_formula_range_and_paper(capsys):
 
 
 def test_readme_table_of_methods_is_that_of_the_recipes():
-    assert between(README.read_text("utf-8"), "methods") == methods.markdown(), "run: triptych methods table"
+    text = README.read_text("utf-8")
+    assert between(text, "methods") == methods.markdown(), "run: triptych methods table llm"
+    assert between(text, "methods-diffusion") == methods.markdown("diffusion"), (
+        "run: triptych methods table diffusion"
+    )
 
 
 def test_every_online_recipe_names_its_method_and_its_paper():
