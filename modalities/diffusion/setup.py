@@ -157,12 +157,12 @@ def set_up(
     if users is not None:
         # Another table is other data.
         data = replace(data, fingerprint=f"{data.fingerprint} {users.fingerprint}")
-    _check_encoded(data, kind_of_model, source)
+    check_encoded(data, kind_of_model, source)
     terms.check(INPUT_OF[data.kind], _provided(data, likelihood), bound=True, modality="diffusion")
     report(_beta_line(terms, config, data))
     # Everything that can be refused without the weights has been.
     model = load_denoiser(source, config.model)
-    _check_sizes(data, model, source)
+    check_sizes(data, model, source)
     base_hash = content_hash(model)
     torch.manual_seed(config.run.seed)
     width = None if users is None else users.width
@@ -290,7 +290,7 @@ def _provided(data: DiffusionData, likelihood: ElboLikelihood) -> frozenset[str]
     return frozenset(found | data.train.keep)
 
 
-def _check_encoded(data: DiffusionData, kind: str, source: str) -> None:
+def check_encoded(data: DiffusionData, kind: str, source: str) -> None:
     """Refuse data that was encoded for another kind of model, before any weight is loaded."""
     encoded = data.facts.get("family")
     if encoded is not None and encoded != kind:
@@ -300,7 +300,7 @@ def _check_encoded(data: DiffusionData, kind: str, source: str) -> None:
         )
 
 
-def _check_sizes(data: DiffusionData, model: Any, source: str) -> None:
+def check_sizes(data: DiffusionData, model: Any, source: str) -> None:
     """Refuse latents or prompts of other sizes than the model takes: SD 2's data for SD 1.5, say."""
     takes = model.config
     width = takes.get("joint_attention_dim") or takes.get("cross_attention_dim")
