@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,19 +18,22 @@ from triptych.training.feature_data import (
     FeatureData,
     FeatureExample,
     holds_out,
+    prompts_of,
     read_features,
     split,
     standardised,
     standardised_ratings,
     standardised_sample,
 )
+from triptych.training.feature_vectors import Standardise
+from triptych.training.ideal_points import Closeness, IdealPoints, NewUsers, Prototypes
 from triptych.training.loop import Task
 from triptych.training.order import key
 from triptych.training.quarantine import Quarantine
 from triptych.training.references import content_hash, unwrapped
 from triptych.training.report import Table
 from triptych.training.reward_run import Results, RewardRun
-from triptych.training.scorers import FeatureReward, IdealPoints, NewUsers, fit_scorer, save_scorer
+from triptych.training.scorers import FeatureReward, fit_scorer, save_scorer
 from triptych.training.scoring import INPUT_OF, ScoreLikelihood
 from triptych.training.stats import Estimate, paired_difference
 
@@ -59,6 +61,8 @@ class ScorerConfig:
 class IdealPointConfig:
     """Users as mixtures of prototypes (`IdealPoints`).
 
+    prototypes: 'latent', 'items', or 'prompts' where taste depends on the prompt and every row has its
+    features (PAL-B, whose networks have prompt_hidden layers).
     unseen_fraction: share of the users that training never sees; each gets mixture weights from its first
     `shots` pairs and is evaluated on its others. l2: penalty of those weights' logits.
     """
@@ -66,7 +70,9 @@ class IdealPointConfig:
     num_prototypes: int
     latent: int
     hidden: list[int] = field(default_factory=list)
-    closeness: Literal["distance", "inner"] = "distance"
+    closeness: Closeness = "distance"
+    prototypes: Prototypes = "latent"
+    prompt_hidden: list[int] = field(default_factory=list)
     unseen_fraction: float = 0.0
     shots: int = 10
     l2: float = 0.01
@@ -77,6 +83,8 @@ class IdealPointConfig:
         for name in ("num_prototypes", "latent", "shots"):
             if getattr(self, name) < 1:
                 raise ValueError(f"users.{name}={getattr(self, name)} must be at least 1")
+        if self.prompt_hidden and self.prototypes != "prompts":
+            raise ValueError(f"users.prototypes={self.prototypes} does not use users.prompt_hidden")
         if self.l2 < 0:
             raise ValueError(f"users.l2={self.l2} must be 0 or positive")
 
@@ -86,18 +94,22 @@ def _read(
     open_rows: Open,
     *,
     users: bool,
+    prompts: bool = False,
     quarantine: Quarantine,
     seed: int,
     report: Callable[[str], None],
 ) -> FeatureData:
-    """Read, split and say what was found."""
+    """Read, split and say what was found. Ties are learnt from, and no ranking of a held-out one is right."""
 
     def read(source: str) -> list[FeatureExample]:
-        return read_features(open_rows(source), config, quarantine=quarantine, users=users)
+        return read_features(open_rows(source), config, quarantine=quarantine, users=users, prompts=prompts)
 
     held_out = None if config.eval_source is None else read(config.eval_source)
     data = split(read(config.source), held_out, fraction=config.eval_fraction, seed=seed)
-    report(f"data: {config.source}, {len(data.train)} to train on, {len(data.held_out)} held out")
+    ties = sum(e.tied for e in data.held_out)
+    data = replace(data, held_out=tuple(e for e in data.held_out if not e.tied))
+    left = f", {ties} held-out ties left out" if ties else ""
+    report(f"data: {config.source}, {len(data.train)} to train on, {len(data.held_out)} held out{left}")
     if quarantine.counts:
         report(f"left out: {quarantine.summary()}")
     return data
@@ -117,7 +129,7 @@ def _task(examples: Sequence[FeatureExample], terms: Terms, collate: FeatureColl
 
 def _check_objective(terms: Terms, data: FeatureData) -> None:
     sample = data.train[0].sample
-    fields = set[str]() if sample.margin is None else {"margin"}
+    fields = {name for name in ("margin", "strength") if getattr(sample, name) is not None}
     terms.check(INPUT_OF[sample.kind], frozenset(fields | ({"target"} if sample.ratings else set())))
 
 
@@ -188,7 +200,10 @@ def set_up_ideal_points(
     """A reward of each user's own, from pairs that name their users."""
     if config.attributes:
         raise ValueError("kind=ideal_points learns from pairs of users; leave features.attributes empty")
-    everything = _read(config, open_rows, users=True, quarantine=quarantine, seed=seed, report=report)
+    asked = settings.prototypes == "prompts"
+    everything = _read(
+        config, open_rows, users=True, prompts=asked, quarantine=quarantine, seed=seed, report=report
+    )
     _check_objective(terms, everything)
     fraction = settings.unseen_fraction
     names = sorted({e.user or "" for e in everything.train})
@@ -205,6 +220,9 @@ def set_up_ideal_points(
         latent=settings.latent,
         hidden=settings.hidden,
         closeness=settings.closeness,
+        prototypes=settings.prototypes,
+        prompts=Standardise.of(prompts_of(train)) if asked else None,
+        prompt_hidden=settings.prompt_hidden,
         seed=seed,
     )
     new = [e for e in (*everything.train, *everything.held_out) if e.user in unseen]
@@ -277,7 +295,9 @@ def unseen_results(
         return {}
     users = {name: i for i, name in enumerate(by_user)}
     shots = [e for es in by_user.values() for e in es[: settings.shots]]
-    others = [e for es in by_user.values() for e in es[settings.shots :]]
+    others = [e for es in by_user.values() for e in es[settings.shots :] if not e.tied]
+    if not others:
+        return {}
     device = scorer.logits.device
     new = NewUsers(scorer, len(users)).to(device)
     fit_scorer(new, FeatureCollator(users)(shots).to(device), terms, l2=settings.l2 / len(shots))

@@ -1,17 +1,14 @@
-"""Reward models over feature vectors: linear, a small network, ideal points of users.
+"""Reward models over feature vectors: linear or a small network, here; fitting, saving and loading of all.
 
 Image and session embeddings and expert features go through these; what makes the vectors is frozen and stays
-outside. Shapes: C candidates, N objectives, D features, E latent, P prototypes, U users.
+outside. Users' own rewards are in `ideal_points`. Shapes: C candidates, N objectives, D features.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,71 +18,11 @@ from torch import Tensor, nn
 
 from triptych.objectives import Terms
 from triptych.training.atomic import clean_temporary, make_temporary, publish
+from triptych.training.feature_vectors import Standardise, Vectors, mlp
+from triptych.training.ideal_points import IdealPoints
 from triptych.training.scoring import ScoreBatch, ScoreLikelihood
 
 WEIGHTS, SETTINGS = "scorer.safetensors", "scorer.json"
-
-
-@dataclass(frozen=True, slots=True)
-class Vectors:
-    """Feature vectors [C, D] and, where rewards differ by user, the index of each one's user, [C]."""
-
-    values: Tensor
-    users: Tensor | None = None
-
-    def to(self, device: torch.device) -> Vectors:
-        """On a device."""
-        return Vectors(self.values.to(device), None if self.users is None else self.users.to(device))
-
-
-class Standardise(nn.Module):
-    """(x - mean) / scale of each column, fixed from data; a constant column becomes 0."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, mean: Tensor, scale: Tensor):
-        super().__init__()
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("scale", scale.float())
-
-    @classmethod
-    def of(cls, x: Tensor, known: Tensor | None = None) -> Standardise:
-        """From the rows of x, [M, D], counting only those that are `known`."""
-        known = torch.ones_like(x, dtype=torch.bool) if known is None else known
-        count = known.sum(0).clamp(min=1)
-        x = torch.where(known, x, 0.0).double()
-        mean = x.sum(0) / count
-        spread = (torch.where(known, (x - mean).square(), 0.0).sum(0) / count).sqrt()
-        return cls(mean, torch.where(spread > 1e-12 * (1 + mean.abs()), spread, 1.0))
-
-    @classmethod
-    def identity(cls, size: int) -> Standardise:
-        """That changes nothing."""
-        return cls(torch.zeros(size), torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Standardised, [*, D]."""
-        return (x - self.mean) / self.scale
-
-    def inverse(self, x: Tensor) -> Tensor:
-        """Back in the data's own units, [*, D]."""
-        return x * self.scale + self.mean
-
-
-def _network(sizes: Sequence[int], generator: torch.Generator, *, last: float, bias: bool) -> nn.Sequential:
-    """Linear layers with GELU between them; the last one's weights are `last` times the usual size."""
-    layers: list[nn.Module] = []
-    for i, (d_in, d_out) in enumerate(itertools.pairwise(sizes)):
-        final = i == len(sizes) - 2
-        layer: nn.Linear = nn.utils.skip_init(nn.Linear, d_in, d_out, bias=bias or not final)  # type: ignore[assignment]
-        with torch.no_grad():
-            layer.weight.normal_(0, 1 / math.sqrt(d_in), generator=generator)
-            layer.weight.mul_(last if final else 1.0)
-            if bias or not final:
-                layer.bias.zero_()
-        layers += [layer] if final else [layer, nn.GELU()]
-    return nn.Sequential(*layers)
 
 
 class FeatureReward(nn.Module):
@@ -110,7 +47,7 @@ class FeatureReward(nn.Module):
         self.outputs = outputs or Standardise.identity(1)
         sizes = [len(inputs.mean), *hidden, len(self.outputs.mean)]
         generator = torch.Generator().manual_seed(seed)
-        self.network = _network(sizes, generator, last=0.0, bias=self.rated)
+        self.network = mlp(sizes, generator, last=0.0, bias=self.rated)
 
     def forward(self, x: Vectors) -> Tensor:
         """Scores in standardised units, [C, N]."""
@@ -123,85 +60,6 @@ class FeatureReward(nn.Module):
     def settings(self) -> dict[str, Any]:
         """What `load_scorer` needs besides the weights."""
         return {"type": "features", "hidden": list(self.hidden), "rated": self.rated}
-
-
-class IdealPoints(nn.Module):
-    """Users as mixtures of P prototypical ideal points (PAL-A, 2406.08469); reward by closeness, [C, 1].
-
-    u = sum_p w_p z_p, w = softmax(the user's logits); r(x, u) = -||f(x) - u|| ('distance', unsquared as in
-    the paper), or <f(x), u> ('inner', where a user can like what another dislikes). f is linear, or a network
-    with `hidden` layers. Deviation: the prototypes z are latent points; the paper projects them with f.
-    """
-
-    def __init__(
-        self,
-        inputs: Standardise,
-        *,
-        num_users: int,
-        num_prototypes: int,
-        latent: int,
-        hidden: Sequence[int] = (),
-        closeness: Literal["distance", "inner"] = "distance",
-        seed: int = 0,
-    ):
-        super().__init__()
-        for name, value in {
-            "num_users": num_users,
-            "num_prototypes": num_prototypes,
-            "latent": latent,
-        }.items():
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1")
-        generator = torch.Generator().manual_seed(seed)
-        self.inputs, self.hidden, self.closeness = inputs, tuple(hidden), closeness
-        sizes = [len(inputs.mean), *hidden, latent]
-        self.projection = _network(sizes, generator, last=1.0, bias=False)
-        self.prototypes = nn.Parameter(torch.randn(num_prototypes, latent, generator=generator))
-        # Small and random: with equal weights every prototype would have the same gradient.
-        self.logits = nn.Parameter(0.1 * torch.randn(num_users, num_prototypes, generator=generator))
-
-    def weights(self) -> Tensor:
-        """Mixture of each user, [U, P], on the simplex."""
-        return self.logits.softmax(-1)
-
-    def rewards(self, values: Tensor, weights: Tensor) -> Tensor:
-        """Reward of each vector, [C, D], to a user with these mixture weights, [C, P] or [P]: [C, 1]."""
-        latent, ideal = self.projection(self.inputs(values.float())), weights @ self.prototypes
-        if self.closeness == "inner":
-            return (latent * ideal).sum(-1, keepdim=True)
-        # The square root has no gradient at 0, where a candidate is exactly at the ideal point.
-        return -((latent - ideal).square().sum(-1, keepdim=True) + 1e-12).sqrt()
-
-    def forward(self, x: Vectors) -> Tensor:
-        """Reward of each candidate to its user, [C, 1]; without users, to the mean of them."""
-        weights = self.weights()
-        return self.rewards(x.values, weights.mean(0) if x.users is None else weights[x.users])
-
-    def settings(self) -> dict[str, Any]:
-        """What `load_scorer` needs besides the weights."""
-        users, prototypes = self.logits.shape
-        return {
-            "type": "ideal_points",
-            "hidden": list(self.hidden),
-            "num_users": users,
-            "num_prototypes": prototypes,
-            "latent": self.prototypes.shape[1],
-            "closeness": self.closeness,
-        }
-
-
-class NewUsers(nn.Module):
-    """Users that training did not see: their mixture weights alone are trained, everything else is frozen."""
-
-    def __init__(self, model: IdealPoints, num_users: int):
-        super().__init__()
-        self.model = copy.deepcopy(model).requires_grad_(False)
-        self.logits = nn.Parameter(torch.zeros(num_users, model.logits.shape[1], device=model.logits.device))
-
-    def forward(self, x: Vectors) -> Tensor:
-        """Reward of each candidate to its new user, [C, 1]."""
-        assert x.users is not None
-        return self.model.rewards(x.values, self.logits.softmax(-1)[x.users])
 
 
 def fit_scorer(
@@ -275,7 +133,9 @@ def load_scorer(folder: Path) -> tuple[FeatureReward | IdealPoints, dict[str, An
         outputs = Standardise(tensors["outputs.mean"], tensors["outputs.scale"]) if rated else None
         scorer: FeatureReward | IdealPoints = FeatureReward(inputs, outputs=outputs, **settings)
     elif kind == "ideal_points":
-        scorer = IdealPoints(inputs, **settings)
+        asked = "prompts.mean" in tensors
+        prompts = Standardise(tensors["prompts.mean"], tensors["prompts.scale"]) if asked else None
+        scorer = IdealPoints(inputs, prompts=prompts, **settings)
     else:
         raise ValueError(f"{folder / SETTINGS}: type={kind!r} is not one of features, ideal_points")
     scorer.load_state_dict(tensors)

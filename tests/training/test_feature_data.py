@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
+from scorer_cases import SOFT
 
 from triptych.training.feature_data import (
     FeatureCollator,
@@ -14,17 +15,22 @@ from triptych.training.feature_data import (
     standardised_sample,
     tensor_rows,
 )
+from triptych.training.feature_vectors import Standardise
 from triptych.training.quarantine import DataError, Quarantine
+from triptych.training.scorers import FeatureReward, fit_scorer
+from triptych.training.scoring import ScoreLikelihood
 
 
 def config(**changes):
     return FeatureConfig(**({"source": "x.jsonl"} | changes))
 
 
-def read(rows, *, users=False, **changes):
+def read(rows, *, users=False, prompts=False, **changes):
     quarantine = Quarantine()
     placed = [(f"x.jsonl:{i + 1}", row) for i, row in enumerate(rows)]
-    return read_features(placed, config(**changes), quarantine=quarantine, users=users), quarantine
+    return read_features(
+        placed, config(**changes), quarantine=quarantine, users=users, prompts=prompts
+    ), quarantine
 
 
 def test_pairs_in_rows_and_in_tensors_are_the_same_samples(tmp_path):
@@ -137,6 +143,104 @@ def test_a_pair_and_its_reverse_and_records_of_one_context_are_on_one_side_of_th
     # Held-out data of their own lose what is trained on.
     apart = split(examples[:60], [*examples[30:60], *examples[120:]], fraction=0.3, seed=0)
     assert len(apart.held_out) == 60
+
+
+def test_prompts_in_rows_and_in_tensors_are_the_same_samples(tmp_path):
+    tensors = {
+        "features": torch.tensor([[1.0], [2.0], [3.0]]),
+        "pairs": torch.tensor([[0, 1], [2, 0], [1, 2]]),
+        "prompts": torch.tensor([[5.0, 6.0], [7.0, 8.0]]),
+        "prompt": torch.tensor([1, 0, 1]),
+        "strength": torch.tensor([1.0, 0.5, 0.75]),
+    }
+    save_file(tensors, tmp_path / "x.safetensors")
+    rows = [
+        {"chosen": [1], "rejected": [2], "prompt": [7, 8]},
+        {"chosen": [3], "rejected": [1], "prompt": [5, 6], "strength": 0.5},
+        {"chosen": [2], "rejected": [3], "prompt": [7, 8], "strength": 0.75},
+    ]
+    kept = config(keep=["strength"])
+    listed, _ = read(rows, prompts=True, keep=["strength"])
+    packed = read_features(
+        tensor_rows(tmp_path / "x.safetensors"), kept, quarantine=Quarantine(), prompts=True
+    )
+    assert [e.sample for e in packed] == [e.sample for e in listed]
+    assert [e.sample.strength for e in packed] == [1.0, 0.5, 0.75]
+    assert [e.tied for e in packed] == [False, True, False]
+    batch = FeatureCollator()(packed)
+    assert batch.inputs.prompts.tolist() == [[7, 8], [7, 8], [5, 6], [5, 6], [7, 8], [7, 8]]
+    assert batch.strength.tolist() == [1.0, 0.5, 0.75]
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.inputs.prompts, batch.inputs.prompts)
+    # Who does not ask for prompts sees none, and the same pair under another prompt is another sample.
+    plain, _ = read(rows, keep=["strength"])
+    assert FeatureCollator()(plain).inputs.prompts is None
+    other, _ = read([rows[0] | {"prompt": [7, 9]}], prompts=True, keep=["strength"])
+    assert len({plain[0].sample.id, listed[0].sample.id, other[0].sample.id}) == 3
+    assert plain[0].context == listed[0].context == other[0].context
+
+
+BAD_PROMPTS = [
+    ({"prompt": None}, "is missing"),
+    ({"prompt": "a red disc"}, "is no list of numbers"),
+    ({"prompt": [1.0]}, "has another length"),
+    ({"prompt": [1.0, float("nan")]}, "has numbers that are not finite"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), BAD_PROMPTS, ids=[r for _, r in BAD_PROMPTS])
+def test_a_row_without_usable_features_of_its_prompt_is_left_out_with_its_reason(change, reason):
+    good = {"chosen": [1.0], "rejected": [2.0], "prompt": [3.0, 4.0]}
+    found, quarantine = read([good, good | change], prompts=True)
+    assert len(found) == 1
+    assert quarantine.counts == {reason: 1}
+    # Nothing is asked of it where prompts are not used.
+    assert len(read([good, good | change])[0]) == 2
+
+
+def test_prompts_of_tensors_must_be_there_for_every_pair(tmp_path):
+    path = tmp_path / "x.safetensors"
+    base = {"features": torch.eye(2), "pairs": torch.tensor([[0, 1]])}
+    save_file(base | {"prompts": torch.eye(2)}, path)
+    with pytest.raises(
+        DataError, match=r"it holds prompts \(2, 2\); give prompts \[Q, F\] with prompt \[1\]"
+    ):
+        list(tensor_rows(path))
+    save_file(base | {"prompt": torch.tensor([0])}, path)
+    with pytest.raises(DataError, match=r"it holds prompt \(1,\); give prompts"):
+        list(tensor_rows(path))
+    save_file(base | {"prompts": torch.eye(2), "prompt": torch.tensor([2])}, path)
+    with pytest.raises(DataError, match="places among 2 prompts"):
+        list(tensor_rows(path))
+
+
+def test_a_tie_is_learnt_from_only_where_strength_is_kept_and_never_as_a_win():
+    pair = {"chosen": [1.0], "rejected": [2.0]}
+    rows = [pair, pair | {"strength": 0.5}, pair | {"strength": 0.9}, pair | {"strength": 0.2}]
+    rows += [pair | {"strength": 1.5}, pair | {"strength": "1"}]
+    found, quarantine = read(rows)
+    assert [e.sample.strength for e in found] == [None, None]
+    assert quarantine.counts == {"is a tie": 1, "is not in [0.5, 1]": 2, "is no number": 1}
+    found, quarantine = read(rows, keep=["strength"])
+    assert [e.sample.strength for e in found] == [1.0, 0.5, 0.9]
+    assert "is a tie" not in quarantine.counts
+
+
+def test_a_tie_costs_the_cross_entropy_of_both_labels_from_file_to_loss():
+    """PickScore's loss by hand: -log sigmoid of 1 and of -1 are 0.313262 and 1.313262."""
+    rows = [{"chosen": [1.2], "rejected": [0.2]}, {"chosen": [1.2], "rejected": [0.2], "strength": 0.5}]
+    examples, _ = read(rows, keep=["strength"])
+    scorer = FeatureReward(Standardise.identity(1))
+    with torch.no_grad():
+        scorer.network[0].weight.fill_(1.0)
+    loss, _ = SOFT({"none": ScoreLikelihood()(scorer, FeatureCollator()(examples))})
+    assert loss.tolist() == pytest.approx([0.313262, 0.813262], abs=1e-6)
+    # d loss / d weight = (sigmoid(1) - p) times the difference of 1.
+    (slope,) = torch.autograd.grad(loss[1], scorer.network[0].weight)
+    assert slope.item() == pytest.approx(0.231059, abs=1e-6)
+    # A tie pulls scores together: alone, its optimum is a gap of 0.
+    fit_scorer(scorer, FeatureCollator()(examples[1:]), SOFT)
+    assert scorer.network[0].weight.item() == pytest.approx(0.0, abs=1e-3)
 
 
 def test_features_are_standardised_over_all_candidates():

@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
+from scorer_cases import BT, accuracy, pairs
 
 from triptych.objectives import ListLogLik, PairLogLik, Term, Terms, UnitLogLik, build
 from triptych.training.scorers import (
     FeatureReward,
     IdealPoints,
-    NewUsers,
     Standardise,
     Vectors,
     fit_scorer,
@@ -16,26 +16,12 @@ from triptych.training.scorers import (
 )
 from triptych.training.scoring import ScoreLikelihood, ScoreSample, score_batch, verdict_of
 
-BT = Terms((Term(build("reward_bt")),))
 REGRESSION = Terms((Term(build("reward_regression")),))
-
-
-def pairs(chosen, rejected, *, users=None, margin=None):
-    """A batch of pairs of vectors [P, D]."""
-    vectors = torch.stack([chosen, rejected], 1).flatten(0, 1)
-    who = None if users is None else torch.as_tensor(users).repeat_interleave(2)
-    samples = [ScoreSample(id=str(i), grades=(1.0, 0.0), margin=margin) for i in range(len(chosen))]
-    return score_batch(samples, Vectors(vectors, who), [str(i) for i in range(len(vectors))])
 
 
 def rated(vectors, ratings):
     samples = [ScoreSample(id=str(i), ratings=tuple(row)) for i, row in enumerate(ratings)]
     return score_batch(samples, Vectors(vectors), [str(i) for i in range(len(vectors))])
-
-
-def accuracy(scorer, batch):
-    pair = ScoreLikelihood()(scorer, batch)
-    return float((pair.chosen.logp > pair.rejected.logp).float().mean())
 
 
 def linear(weights):
@@ -194,80 +180,6 @@ def test_regression_recovers_a_linear_function_in_the_ratings_own_units_with_rat
     torch.testing.assert_close(scorer.rate(Vectors(x)), y, atol=0.05, rtol=1e-3)
 
 
-def opposed(num_users, per_user, *, seed):
-    """Users of two types, who want a large or a small first feature in turns: pairs and their users."""
-    generator = torch.Generator().manual_seed(seed)
-    left, right = torch.randn(2, num_users * per_user, 3, generator=generator)
-    users = torch.arange(num_users).repeat_interleave(per_user)
-    sign = 1.0 - 2.0 * (users % 2)
-    first = sign * (left[:, 0] - right[:, 0]) > 0
-    return torch.where(first[:, None], left, right), torch.where(first[:, None], right, left), users
-
-
-@pytest.mark.parametrize("closeness", ["distance", "inner"])
-def test_ideal_points_serve_two_opposed_types_of_users_where_one_reward_serves_none(closeness):
-    chosen, rejected, users = opposed(10, 60, seed=0)
-    held_out = opposed(10, 30, seed=1)
-    model = IdealPoints(
-        Standardise.identity(3), num_users=10, num_prototypes=2, latent=2, closeness=closeness, seed=0
-    )
-    fit_scorer(model, pairs(chosen, rejected, users=users), BT, l2=1e-3)
-    shared = FeatureReward(Standardise.identity(3))
-    fit_scorer(shared, pairs(chosen, rejected), BT)
-    assert accuracy(shared, pairs(*held_out[:2])) < 0.6
-    assert accuracy(model, pairs(*held_out[:2], users=held_out[2])) > 0.93
-    # The mixtures tell the two types apart.
-    side = (model.weights()[:, 0] > 0.5).tolist()
-    assert side in ([True, False] * 5, [False, True] * 5)
-    # Two users that were never trained on get mixture weights from ten pairs, and nothing else changes.
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    few, many = opposed(2, 10, seed=5), opposed(2, 100, seed=6)
-    new = NewUsers(model, 2)
-    assert [name for name, p in new.named_parameters() if p.requires_grad] == ["logits"]
-    fit_scorer(new, pairs(*few[:2], users=few[2]), BT, l2=1e-3)
-    assert accuracy(new, pairs(*many[:2], users=many[2])) > 0.9
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(p.requires_grad for p in model.parameters())
-
-
-def test_the_reward_of_an_ideal_point_is_minus_the_distance_to_the_users_mixture():
-    model = IdealPoints(Standardise.identity(2), num_users=1, num_prototypes=2, latent=2)
-    with torch.no_grad():
-        model.projection[0].weight.copy_(torch.eye(2))
-        model.prototypes.copy_(torch.tensor([[4.0, 0.0], [0.0, 4.0]]))
-        model.logits.copy_(torch.tensor([[math.log(3.0), 0.0]]))
-    assert model.weights()[0].tolist() == pytest.approx([0.75, 0.25])
-    # The user's point is (3, 1): (6, 5) is 5 away, and the point itself 0.
-    x = Vectors(torch.tensor([[6.0, 5.0], [3.0, 1.0]]), torch.tensor([0, 0]))
-    assert model(x)[:, 0].tolist() == pytest.approx([-5.0, 0.0], abs=1e-5)
-    model.closeness = "inner"
-    assert model(x)[:, 0].tolist() == pytest.approx([23.0, 10.0])
-    model(x).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_a_distance_of_zero_has_a_finite_gradient():
-    model = IdealPoints(Standardise.identity(1), num_users=1, num_prototypes=1, latent=1)
-    with torch.no_grad():
-        model.projection[0].weight.fill_(1.0)
-        model.prototypes.fill_(2.0)
-    model(Vectors(torch.tensor([[2.0]]), torch.tensor([0]))).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
-
-
-def test_models_depend_on_the_seed_alone_and_leave_the_global_generator_as_it_was():
-    def make(seed):
-        return IdealPoints(
-            Standardise.identity(3), num_users=2, num_prototypes=2, latent=2, hidden=(4,), seed=seed
-        ).state_dict()
-
-    before = torch.random.get_rng_state()
-    one, same, other = make(1), make(1), make(2)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    assert all(torch.equal(one[n], same[n]) for n in one)
-    assert not torch.equal(one["prototypes"], other["prototypes"])
-
-
 @pytest.mark.parametrize("kind", ["linear", "rated", "users"])
 def test_a_saved_scorer_gives_the_same_scores_bit_for_bit(kind, tmp_path):
     generator = torch.Generator().manual_seed(0)
@@ -292,11 +204,6 @@ def test_a_saved_scorer_gives_the_same_scores_bit_for_bit(kind, tmp_path):
 def test_a_folder_that_is_no_scorer_is_refused_by_what_it_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"it has no scorer\.json"):
         load_scorer(tmp_path)
-
-
-def test_ideal_points_need_at_least_one_of_everything():
-    with pytest.raises(ValueError, match="num_prototypes=0 must be at least 1"):
-        IdealPoints(Standardise.identity(2), num_users=1, num_prototypes=0, latent=1)
 
 
 def test_a_fit_that_diverges_says_so():
