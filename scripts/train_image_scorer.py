@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from triptych.modalities.diffusion.scorer_config import ScorerTrainingConfig
-from triptych.modalities.diffusion.scorer_outcome import EVAL_SEED, finish
+from triptych.modalities.diffusion.scorer_outcome import EVAL_SEED, shown_by_time
 from triptych.modalities.diffusion.scorer_setup import set_up
 from triptych.scripts.common import (
     StopSignal,
@@ -36,6 +36,7 @@ from triptych.training.config import flat
 from triptych.training.evaluation import evaluate, identity_of, summary
 from triptych.training.fit import Hooks, fit
 from triptych.training.loop import make_learner
+from triptych.training.reward_run import finish
 from triptych.training.sharding import is_sharded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,7 +89,6 @@ def run(config: ScorerTrainingConfig) -> int:
         sources = [g.source for g in (config.pictures, config.data) if g is not None]
         finish(
             reward,
-            scorer.bins,
             learner,
             accelerator,
             folder=folder,
@@ -101,6 +101,7 @@ def run(config: ScorerTrainingConfig) -> int:
             command=command_line(),
             versions=versions(),
             report=report,
+            further=shown_by_time(scorer.bins, accelerator, clusters=reward.clusters, micro_batch_size=size),
         )
     else:
         report(f"stopped at step {outcome.step} of {outcome.num_steps}; the same command continues")

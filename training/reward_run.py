@@ -18,7 +18,7 @@ from triptych.training.evaluation import estimate, evaluate
 from triptych.training.loop import Learner, Task
 from triptych.training.quarantine import Quarantine
 from triptych.training.references import unchanged, unwrapped
-from triptych.training.report import Table, write_report
+from triptych.training.report import Figure, Table, write_report
 from triptych.training.scorers import Standardise
 from triptych.training.sharding import whole_state
 from triptych.training.stats import Estimate, bootstrap_interval, win_rate
@@ -209,9 +209,17 @@ def finish(
     command: str,
     versions: Mapping[str, str],
     report: Callable[[str], None],
+    further: Callable[[nn.Module], tuple[Results, list[Figure]]] | None = None,
 ) -> None:
-    """Evaluate, export the model with its card, write results.json and report.html. Every rank calls it."""
+    """Evaluate, export the model with its card, write results.json and report.html. Every rank calls it.
+
+    further: what else is to be shown of the policy.
+    """
     tables, results = results_of(reward, learner, accelerator, micro_batch_size=micro_batch_size)
+    images: list[Figure] = []
+    if further is not None:
+        (more, found), images = further(learner.policy)
+        tables, results = [*tables, *more], {**results, **found}
     state = whole_state(unwrapped(learner.policy))
     if not accelerator.is_main_process:
         return
@@ -238,6 +246,7 @@ def finish(
         summary=list(numbers.items())[:3],
         tables=tables,
         samples=[],
+        images=images,
         config=settings,
         quarantine_counts=quarantine.counts,
         command=command,

@@ -6,12 +6,9 @@ Shapes: n held-out pairs.
 from __future__ import annotations
 
 import io
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,13 +17,11 @@ from torch import Tensor, nn
 
 from triptych.modalities.diffusion.draws import NoiseConfig, draw
 from triptych.modalities.diffusion.schedule import Schedule
-from triptych.training.card import write_card
 from triptych.training.evaluation import estimate, evaluate
-from triptych.training.loop import Learner, Task
+from triptych.training.loop import Task
 from triptych.training.order import Draw, key
-from triptych.training.quarantine import Quarantine
-from triptych.training.report import Figure, Table, write_report
-from triptych.training.reward_run import RewardRun, results_of
+from triptych.training.report import Figure, Table
+from triptych.training.reward_run import Results
 from triptych.training.stats import Estimate
 
 # Of the times and noise of held-out pairs: runs that differ in their seed are asked the same.
@@ -106,67 +101,22 @@ def curve(times: Sequence[float], accuracies: Sequence[Estimate]) -> bytes:
     return buffer.getvalue()
 
 
-def finish(
-    reward: RewardRun,
+def shown_by_time(
     bins: Sequence[TimeBin],
-    learner: Learner,
     accelerator: Accelerator,
     *,
-    folder: Path,
+    clusters: Sequence[str],
     micro_batch_size: int,
-    title: str,
-    tags: Sequence[str],
-    datasets: Sequence[str],
-    settings: Mapping[str, Any],
-    quarantine: Quarantine,
-    command: str,
-    versions: Mapping[str, str],
-    report: Callable[[str], None],
-) -> None:
-    """Evaluate, export the scorer with its card, write results.json and report.html. Every rank calls it."""
-    tables, results = results_of(reward, learner, accelerator, micro_batch_size=micro_batch_size)
-    images: list[Figure] = []
-    if bins:
+) -> Callable[[nn.Module], tuple[Results, list[Figure]]] | None:
+    """What `reward_run.finish` is to show besides: accuracy by time; None of clean pictures."""
+    if not bins:
+        return None
+
+    def further(policy: nn.Module) -> tuple[Results, list[Figure]]:
         accuracies, gaps = accuracy_by_time(
-            bins,
-            learner.policy,
-            accelerator,
-            clusters=reward.clusters,
-            micro_batch_size=micro_batch_size,
+            bins, policy, accelerator, clusters=clusters, micro_batch_size=micro_batch_size
         )
-        table, shown, found = time_results(bins, accuracies, gaps)
-        tables, images, results = [*tables, table], [shown], {**results, **found}
-    if not accelerator.is_main_process:
-        return
-    numbers = {name: f"{value:.3f}" for name, value in results.items()}
-    reward.export(folder / "model", None)
-    write_card(
-        folder / "model",
-        base_model=reward.base_model,
-        library_name="triptych",
-        tags=tags,
-        datasets=datasets,
-        license=None,
-        metrics=numbers,
-        command=command,
-        versions=versions,
-        config=settings,
-        snippet=reward.snippet,
-    )
-    content = {name: asdict(value) for name, value in results.items()}
-    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-    path = write_report(
-        folder,
-        title=title,
-        summary=list(numbers.items())[:3],
-        tables=tables,
-        samples=[],
-        images=images,
-        config=settings,
-        quarantine_counts=quarantine.counts,
-        command=command,
-        versions=versions,
-    )
-    for name, value in results.items():
-        report(f"  {name}: {value:.3f}")
-    report(f"report: {path}")
+        table, figure, found = time_results(bins, accuracies, gaps)
+        return ([table], found), [figure]
+
+    return further
