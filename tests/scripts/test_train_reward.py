@@ -365,7 +365,10 @@ def material_for(config, folder):
         ]
         return "ratings.source", tiny.write_jsonl(folder, rows)
     if config.kind == "ideal_points":
-        return "features.source", tiny.write_jsonl(folder, user_rows(10, 20))
+        more = [{"prompt": [float(i % 2), 1.0], "strength": 0.5 if i % 5 == 0 else 1.0} for i in range(200)]
+        asked = config.users.prototypes == "prompts"
+        rows = [row | (extra if asked else {}) for row, extra in zip(user_rows(10, 20), more, strict=True)]
+        return "features.source", tiny.write_jsonl(folder, rows)
     if config.features.extract != "none":
         pytest.importorskip("vaderSentiment")
         rows = [
