@@ -26,4 +26,5 @@ LONG: tuple[str, ...] = (
     "diffusion_variance",
     "step_aware",
     "persons_ppd",
+    "persons_pal",
 )
