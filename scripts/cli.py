@@ -25,6 +25,7 @@ COMMANDS = {
     ("draw",): ("draw_images", "draw pictures of every prompt with several models"),
     ("label",): ("label_images", "let scorers judge pictures, and write preferences of their votes"),
     ("feedback",): ("ai_feedback", "draw, vote, encode and train in one recipe"),
+    ("users",): ("make_users", "vectors of persons from a few of their preferences"),
     ("compare",): ("compare_images", "draw the same prompts from the same noise with several models"),
     ("plan",): ("plan", "memory, FLOPs and days of a diffusion run"),
     ("improve",): ("improve", "let a trained model improve its answers, step by step"),
