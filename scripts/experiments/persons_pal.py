@@ -62,19 +62,18 @@ ERRORS = 0.5  # of labels: a Bradley-Terry temperature, in deviations of a taste
 FEATURES = 64
 NUM_SEEDS = 6
 # Chosen on seeds 100 to 102. PAL-A is as released: prototypes among items, minus the distance.
+PAL_A: dict[str, Any] = {"closeness": "distance", "prototypes": "items", "latent": 8}
+PAL_B: dict[str, Any] = {"closeness": "angle", "latent": 8}
 L2, L2_ANGLE, NUM_STEPS = 3e-4, 3e-3, 100
-PAL_A: dict[str, Any] = {"closeness": "distance", "prototypes": "items", "l2": L2}
-PAL_B: dict[str, Any] = {"closeness": "distance", "l2": L2, "asked": True}
-VARIANTS: dict[str, dict[str, Any]] = {
-    "f(P) w, distance": {"closeness": "distance", "prototypes": "latent", "l2": L2},
-    "f(P w), angle": {"closeness": "angle", "prototypes": "items", "l2": L2_ANGLE},
-    "f(P) w, angle": {"closeness": "angle", "prototypes": "latent", "l2": L2_ANGLE},
-    "f(P) w, inner product": {"closeness": "inner", "prototypes": "latent", "l2": L2_ANGLE},
-}
-LATENT = 8
 # Of new users' mixtures, of a linear reward of their own, and steps of L-BFGS on all weights.
 L2_NEW, L2_OWN, TUNED_STEPS = 0.1, 10.0, 3
-ARMS = ("K weights", "all weights", "own linear reward", "colour classifier", "one reward for all")
+VARIANTS = (
+    ("latent", "distance", L2),
+    ("items", "distance", L2),
+    ("latent", "angle", L2_ANGLE),
+    ("items", "angle", L2_ANGLE),
+    ("latent", "inner", L2_ANGLE),
+)
 Row = dict[str, float]
 
 
@@ -261,7 +260,6 @@ def learn(
         Standardise.of(world.features[: len(TRAINED) * world.each]),
         num_users=int(town.seen.users.max()) + 1,
         num_prototypes=num_prototypes,
-        latent=LATENT,
         prompts=Standardise.of(town.seen.prompts) if asked else None,
         seed=key("pal", seed) % 2**31,
         **form,
