@@ -6,7 +6,7 @@
 llm: SmolLM2-135M-Instruct aligned with pairs of real customers' reviews; about 8 minutes on 2 CPU cores.
 images: the project's own small SDXL-class pipeline draws pictures, five scorers vote on them, and three
 methods learn from the votes: Diffusion-DPO from pairs, RankDPO from lists, SPO from its own denoising steps.
-They are drawn beside the base from the same noise and judged by what no scorer saw; about 10 minutes.
+They are drawn beside the base from the same noise and judged by what no scorer saw; about 5 minutes.
 """
 
 from __future__ import annotations
