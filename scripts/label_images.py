@@ -131,9 +131,8 @@ def run(config: LabelConfig) -> int:
     """Gather, score, label, report; returns the exit code."""
     stop, folder = StopSignal(), Path(config.output_dir)
     for plug in config.scorers.values():
-        build_scorer(
-            plug
-        )  # what is wrong with its options is better said now; weights come at its first call
+        # What is wrong with its options is better said now; weights come at its first call.
+        build_scorer(plug)
     lists, left_out = gather(config, folder, stop)
     scores = None if lists is None else score(config, lists, folder, stop)
     if lists is None or scores is None:
