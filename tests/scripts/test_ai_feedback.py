@@ -53,6 +53,7 @@ def command(recipe, material, out, family, *more, **changes):
         "train.optim.batch_size": 2,
         "train.optim.micro_batch_size": 2,
         "train.optim.num_steps": 2,
+        "train.optim.precision": "float32",
         "train.data.eval_share": 0.3,
         "train.run.log_every": 1,
         "train.run.save_every": 1,
