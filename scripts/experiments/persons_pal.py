@@ -61,8 +61,8 @@ SHOTS = (1, 5, 20)
 ERRORS = 0.5  # of labels: a Bradley-Terry temperature, in deviations of a taste
 FEATURES = 64
 NUM_SEEDS = 6
-# Chosen on seeds 100 to 102, but PAL-B's, which were better there by distance. PAL-A is as released: prototypes
-# among items, minus the distance.
+# Chosen on seeds 100 to 102, but PAL-B's, which were better there by distance. PAL-A is as released:
+# prototypes among items, minus the distance.
 PAL_A: dict[str, Any] = {"closeness": "distance", "prototypes": "items", "latent": 8}
 PAL_B: dict[str, Any] = {"closeness": "angle", "latent": 8}
 L2, L2_ANGLE, NUM_STEPS = 3e-4, 3e-3, 100
