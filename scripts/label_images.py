@@ -165,15 +165,15 @@ def gather(
     Pictures are linked where the file system can, copied otherwise. What was gathered from the same files
     before is taken as it is. The counts are those of records and pictures that were left out.
     """
-    identity = {"data": asdict(config.data), "files": _listing(config.data)}
+    origin = {"data": asdict(config.data), "files": _listing(config.data)}
     facts, kept = folder / "gathered.json", folder / "gathered.jsonl"
-    if facts.is_file() and (had := json.loads(facts.read_text("utf-8")))["identity"] == identity:
+    if facts.is_file() and (had := json.loads(facts.read_text("utf-8")))["origin"] == origin:
         rows = [json.loads(line) for line in kept.read_text("utf-8").split("\n")[:-1]]
         return [_gathered(row) for row in rows], had["left_out"]
     facts.unlink(missing_ok=True)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     quarantine = Quarantine(folder / "quarantine.jsonl")
-    found: dict[str, Gathered] = {}
+    found: dict[tuple[str, frozenset[str]], Gathered] = {}
     data = config.data
     limits = ImageLimits(max_pixels=data.max_pixels, min_side=data.min_side, max_aspect=data.max_aspect)
     work = partial(_store, folder=folder / "images", limits=limits)
@@ -182,15 +182,17 @@ def gather(
             if stop():
                 return None, {}
             one = _list_of(record, stored, quarantine)
-            if one is not None and one.name in found:
+            if one is None:
+                continue
+            if (same := (one.prompt, frozenset(one.images))) in found:
                 remedy = "its scores would be the same"
                 quarantine.add(DataError("repeats an earlier record", source=record.source, remedy=remedy))
-            elif one is not None:
-                found[one.name] = one
+            else:
+                found[same] = one
     if not found:
         raise DataError("holds no pictures to compare", source=data.source, remedy=quarantine.summary())
     write_lines(kept, [asdict(one) for one in found.values()])
-    write_json(facts, {"identity": identity, "left_out": quarantine.counts})
+    write_json(facts, {"origin": origin, "left_out": quarantine.counts})
     _report(quarantine.summary())
     return list(found.values()), quarantine.counts
 

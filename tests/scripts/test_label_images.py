@@ -301,6 +301,8 @@ def pick_a_pic(folder):
         encode_cases.row(flat(red), flat(blue), label=label, caption=f"thing {i}", user=i)
         for i, ((red, blue), label) in enumerate(zip(colours, (1.0, 1.0, 0.0, 1.0), strict=True))
     ]
+    # Somebody else saw the first pair differently.
+    made.append(encode_cases.row(flat((200, 0, 0)), flat((0, 0, 90)), label=0.0, caption="thing 0"))
     made.append(encode_cases.row(flat((7, 0, 0)), flat((0, 0, 8)), label=0.5, caption="a tie"))
     made.append(encode_cases.row(flat((7, 0, 0)), b"broken", caption="broken"))
     encode_cases.write_parquet(folder / "train-0.parquet", made)
@@ -322,6 +324,7 @@ def test_pairs_of_persons_are_labelled_anew_and_compared_with_them(tmp_path, cap
     assert given == {"red": 0.75, "blue": 0.25, "votes": 0.5}
     assert report["left_out"]["is a tie"] == 1
     assert report["left_out"]["lost an image of its pair"] == 1
+    assert report["left_out"]["repeats an earlier record"] == 1
     assert "red agrees with the labels that were given: 0.75" in capsys.readouterr().out
     # No person's name is kept: the labels are not theirs.
     assert all(record.group is None for record in read_records(out, quarantine=Quarantine(strict=True)))
