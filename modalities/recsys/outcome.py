@@ -1,0 +1,245 @@
+"""What a recommender run leaves behind: rankings, a table beside classical bars, the model, and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from triptych.modalities.recsys.classical import BARS
+from triptych.modalities.recsys.exported import Recommender, export
+from triptych.modalities.recsys.interactions import Split
+from triptych.modalities.recsys.ranked import RankingConfig, ranked_items, sessions_of
+from triptych.modalities.recsys.ranking import coverage, ranking_metrics, top_items
+from triptych.modalities.recsys.ranking_report import ranking_figure, ranking_table
+from triptych.modalities.recsys.setup import RecsysConfig, RecsysRun
+from triptych.modalities.recsys.trie import Trie
+from triptych.training.atomic import write_json
+from triptych.training.card import write_card
+from triptych.training.logs import Progress
+from triptych.training.quarantine import Quarantine
+from triptych.training.references import unwrapped
+from triptych.training.report import Figure, Table, write_report
+from triptych.training.stats import Estimate
+
+OURS = {"session": "this model", "sasrec": "SASRec (this run)"}
+
+
+def trie_of(made: RecsysRun) -> Trie | None:
+    """The trie of the run's semantic ids, on the policy's device."""
+    if made.ids is None:
+        return None
+    device = next(made.policy.parameters()).device
+    return Trie.of(made.ids.codes_IL, made.ids.sizes).to(device)
+
+
+def validation(made: RecsysRun, config: RecsysConfig) -> Callable[[nn.Module], Mapping[str, float]]:
+    """Recall and NDCG of the validation items, as the training loop asks for them."""
+    trie = trie_of(made)
+    users = _with(made.split.valid_U)[: config.evaluation.users or None]
+    histories = [made.split.train.of(u) for u in users]
+    targets = made.split.valid_U[users]
+
+    def measure(policy: nn.Module) -> Mapping[str, float]:
+        items = ranked_items(policy, trie, histories, config.evaluation, window=config.session.window)
+        rows = ranking_metrics(items, targets, tuple(config.evaluation.ks))
+        return {f"ranking/{name}": float(values.mean()) for name, values in rows.items()}
+
+    return measure
+
+
+def finish(
+    made: RecsysRun,
+    policy: nn.Module,
+    config: RecsysConfig,
+    *,
+    quarantine: Quarantine,
+    settings: Mapping[str, Any],
+    command: str,
+    versions: Mapping[str, str],
+    report: Callable[[str], None],
+    bar: Callable[[str, int], Progress],
+) -> None:
+    """Rank the held-out items, put the bars beside, export the model with its card, and write report.html."""
+    folder, model = Path(config.run.output_dir), unwrapped(policy)
+    assert model is made.policy
+    users = _with(made.split.test_U)
+    histories = [_known(made.split, u) for u in users]
+    targets = made.split.test_U[users]
+    with bar("rank", len(users)) as progress:
+        items = ranked_items(
+            model,
+            trie_of(made),
+            histories,
+            config.evaluation,
+            window=config.session.window,
+            progress=progress.update,
+        )
+    ours = OURS[config.model.kind]
+    rankings = {ours: items} | _bars(made.split, config.evaluation, histories, report, bar)
+    ks = tuple(config.evaluation.ks)
+    rows = {name: [ranking_metrics(found, targets, ks)] for name, found in rankings.items()}
+    _keep(folder, items, users, targets)
+    note = _note(config.evaluation, made.switches)
+    table, results = ranking_table(rows, against=ours, note=note)
+    for name, found in rankings.items():
+        results[f"{name}: catalogue coverage@{ks[-1]}"] = _plain(
+            coverage(found[:, : ks[-1]], len(made.events.items))
+        )
+    exported = Recommender(
+        policy=made.policy,
+        config=config.model,
+        ids=made.ids,
+        items=made.events.items,
+        titles=made.events.titles,
+        window=config.session.window,
+    )
+    export(folder / "model", exported, state=model.state_dict())
+    headline = {f"{name}@{k}": results[f"{ours}: {name}@{k}"] for k in ks for name in ("recall", "ndcg")}
+    _card(folder, config, headline, command, versions, settings)
+    write_json(folder / "results.json", {n: asdict(e) for n, e in results.items()})
+    tables = [table, *([made.id_table] if made.id_table else [])]
+    if config.evaluation.shown:
+        tables.append(shown_users(made, model, config, users, histories))
+    path = write_report(
+        folder,
+        title=f"{config.model.kind} on {config.data.source}",
+        summary=[(name, f"{value:.3f}") for name, value in headline.items()],
+        tables=tables,
+        samples=[],
+        images=[Figure("Ranking of held-out items", ranking_figure(rows, f"recall@{_middle(ks)}"), note)],
+        config=settings,
+        quarantine_counts=quarantine.counts,
+        command=command,
+        versions=versions,
+    )
+    for name, value in headline.items():
+        report(f"  {name}: {value:.3f}")
+    report(f"report: {path}")
+
+
+def shown_users(
+    made: RecsysRun, model: nn.Module, config: RecsysConfig, users: Sequence[int], histories: Sequence[Tensor]
+) -> Table:
+    """Some users' latest items and what the model recommends them, by title, with the held-out item."""
+    evaluation, titles = config.evaluation, made.events.titles
+    picked = torch.linspace(0, len(users) - 1, min(evaluation.shown, len(users))).long().unique().tolist()
+    rows = [histories[i] for i in picked]
+    trie = trie_of(made)
+    if trie is None:
+        items = ranked_items(model, None, rows, evaluation, window=config.session.window)
+        sessions = items[:, :5].unsqueeze(-1)
+    else:
+        beams = sessions_of(
+            made.policy,  # type: ignore[arg-type]
+            trie,
+            rows,
+            width=evaluation.width,
+            num_items=evaluation.session_items,
+            forbidden=rows if evaluation.mask_seen else None,
+            window=config.session.window,
+            batch_size=evaluation.batch_size,
+        )
+        sessions = beams.items_UWm[:, : 5 if evaluation.session_items == 1 else 2]
+    lines = []
+    for place, i in enumerate(picked):
+        shown = [
+            " | ".join(titles[item] for item in session if item >= 0)
+            for session in sessions[place].tolist()
+            if session[0] >= 0
+        ]
+        lines.append(
+            [
+                made.events.users[users[i]],
+                " | ".join(titles[item] for item in rows[place][-5:].tolist()),
+                "; ".join(f"{n}. {text}" for n, text in enumerate(shown, start=1)),
+                titles[int(made.split.test_U[users[i]])],
+            ]
+        )
+    columns = ["user", "latest items", "recommended", "held out"]
+    return Table("Recommendations", columns, lines, "Items a user already has are not recommended.")
+
+
+def _with(targets_U: Tensor) -> list[int]:
+    """Users that have a held-out item."""
+    return (targets_U >= 0).nonzero()[:, 0].tolist()
+
+
+def _known(split: Split, user: int) -> Tensor:
+    """A user's events before the test item: those of training and the validation item."""
+    valid = split.valid_U[user : user + 1]
+    return torch.cat([split.train.of(user), valid[valid >= 0]])
+
+
+def _bars(
+    split: Split,
+    config: RankingConfig,
+    histories: Sequence[Tensor],
+    report: Callable[[str], None],
+    bar: Callable[[str, int], Progress],
+) -> dict[str, Tensor]:
+    """Rankings of the classical recommenders, which fit on training and validation events."""
+    if not config.bars:
+        return {}
+    events, most = split.with_validation(), max(config.ks)
+    found = {}
+    with bar("bars", len(config.bars)) as progress:
+        for done, name in enumerate(config.bars, start=1):
+            scorer = BARS[name](events)
+            parts = []
+            for start in range(0, len(histories), 256):
+                block = list(histories[start : start + 256])
+                parts.append(top_items(scorer(block), most, block if config.mask_seen else None))
+            found[name] = torch.cat(parts)
+            progress.update(done)
+    return found
+
+
+def _keep(folder: Path, items: Tensor, users: Sequence[int], targets: Tensor) -> None:
+    """Rankings of this run, from which runs of several seeds are compared."""
+    tensors = {"items": items.contiguous(), "users": torch.tensor(users), "targets": targets.contiguous()}
+    save_file(tensors, folder / "rankings.safetensors")
+
+
+def _note(config: RankingConfig, switches: Sequence[str]) -> str:
+    masked = "are not ranked" if config.mask_seen else "are ranked, too"
+    return (
+        f"Leave one out; the whole catalogue is ranked; a user's earlier items {masked}; "
+        f"items below {config.width} beams count as not found. {' '.join(switches)} "
+        "95 % intervals by bootstrap over users."
+    )
+
+
+def _plain(value: float) -> Estimate:
+    return Estimate(float(value), float(value), float(value), 1)
+
+
+def _middle(ks: Sequence[int]) -> int:
+    return sorted(ks)[len(ks) // 2]
+
+
+def _card(
+    folder: Path,
+    config: RecsysConfig,
+    headline: Mapping[str, Estimate],
+    command: str,
+    versions: Mapping[str, str],
+    settings: Mapping[str, Any],
+) -> None:
+    write_card(
+        folder / "model",
+        base_model="trained from scratch",
+        library_name="safetensors",
+        tags=["generative-recommendation", config.model.kind],
+        datasets=[config.data.source],
+        license=None,
+        metrics={name: f"{value:.3f}" for name, value in headline.items()},
+        command=command,
+        versions=versions,
+        config=settings,
+    )

