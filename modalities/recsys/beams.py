@@ -98,10 +98,10 @@ class Rules:
 
     def totals(self, rows: Rows, children: Children) -> tuple[Tensor, Tensor | None]:
         """Log-probs of the candidates' prefixes from the start: over whole codebooks and over legal codes."""
-        logp_UM = children.spread(rows.logp) + children.logp
+        logp_UM = children.after(rows.logp)
         if rows.legal is None:
             return logp_UM, None
-        return logp_UM, children.spread(rows.legal - children.log_mass()) + children.logp
+        return logp_UM, children.after(rows.legal - children.log_mass())
 
     def finished(self, rows: Rows, width: int) -> Beams:
         """Rows as sessions of items: the n-th use of an id in a session is its n-th item the user may get.

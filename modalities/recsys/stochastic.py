@@ -183,10 +183,7 @@ def _apart(
     trie, before = rules.stock.trie, rows.leaves.shape[-1]
     children = rules.children(rows, logp_UWK, level)
     logp_UM, legal_UM = rules.totals(rows, children)
-    gain_UM = children.logp
-    if legal_UM is not None:
-        gain_UM = gain_UM - children.spread(children.log_mass())
-    keys_UM = children.spread(rows.keys) + gain_UM
+    keys_UM = children.after(rows.keys if legal_UM is None else rows.keys - children.log_mass())
     finishes = level == len(trie.levels) - 1 and before == num_items - 1
     for earlier in found:
         nodes_UWX = _nodes(rows, earlier)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # A padded table of children is used where the widest node has at most this many, or this often the mean.
-_SMALL_FAN, _SKEW = 16, 3.0
+_SMALL_FAN, _SKEW = 16, 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +56,12 @@ class Children:
         if self.owners is not None:
             return x_UW.gather(1, self.owners)
         return x_UW.repeat_interleave(self.logp.shape[1] // x_UW.shape[1], 1)
+
+    def after(self, x_UW: Tensor) -> Tensor:
+        """logp plus a row's value, [U, M]."""
+        if self.owners is not None:
+            return self.logp + x_UW.gather(1, self.owners)
+        return (self.logp.view(*x_UW.shape, -1) + x_UW.unsqueeze(-1)).flatten(1)
 
     def nodes(self) -> Tensor:
         """Node of each candidate, [U, M]; 0 at padding."""
@@ -189,15 +195,20 @@ class Trie:
         return legal.view(*nodes_X.shape, at.size)
 
     def children(self, level: int, nodes_UW: Tensor, logp_UWK: Tensor, alive_UW: Tensor) -> Children:
-        """Candidates of every row with their log-probs; a row that is not alive has none or only -inf."""
+        """Candidates of every row with their log-probs.
+
+        Those of a row that is not alive mean nothing: it must score -inf itself.
+        """
         at = self.levels[level]
         firsts = at.first[nodes_UW]
         fans = torch.where(alive_UW, at.first[nodes_UW + 1] - firsts, 0)
         if at.table is None:
             return _ragged(at, firsts, fans, logp_UWK)
-        logp_UWF = logp_UWK if at.complete else logp_UWK.gather(2, at.table[nodes_UW])
-        places = torch.arange(at.fan, device=nodes_UW.device)
-        logp_UWF = logp_UWF.masked_fill(places >= fans.unsqueeze(-1), -math.inf)
+        logp_UWF = logp_UWK
+        if not at.complete:
+            places = torch.arange(at.fan, device=nodes_UW.device)
+            logp_UWF = logp_UWK.gather(2, at.table[nodes_UW])
+            logp_UWF = logp_UWF.masked_fill(places >= fans.unsqueeze(-1), -math.inf)
         starts = (torch.arange(nodes_UW.shape[1], device=nodes_UW.device) * at.fan).expand_as(nodes_UW)
         return Children(logp=logp_UWF.flatten(1), starts=starts, firsts=firsts, fans=fans, owners=None)
 

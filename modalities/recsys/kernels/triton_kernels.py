@@ -4,9 +4,9 @@ Shapes: R positions of one pass or chunk, K codes of a level, D width; blocks of
 
 `score_kernel`: one program owns its positions and runs over tiles of codes with a running peak and sum, so
 the logits stay in registers. `differentiate_kernel`: one program makes one tile of the logits again and
-writes its gradient, in the inputs' dtype; the two products with it stay with the vendor's library, which reads it
-once each, where a kernel that owned [ROWS, D] of a result would make the logits D / COLS times. No atomics:
-two runs give the same bits. float32 inputs are multiplied in float32, not TF32.
+writes its gradient, in the inputs' dtype; the two products with it stay with the vendor's library, which
+reads it once each, where a kernel that owned [ROWS, D] of a result would make the logits D / COLS times. No
+atomics: two runs give the same bits. float32 inputs are multiplied in float32, not TF32.
 """
 
 from collections.abc import Sequence
