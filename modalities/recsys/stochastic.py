@@ -79,9 +79,7 @@ def gumbel(
     def step_of(rules: Rules) -> Step:
         num_users = rules.num_users
         if seeds.shape != (num_users,):
-            raise ValueError(
-                f"seeds have shape {tuple(seeds.shape)}; valid: [{num_users}], one for each user"
-            )
+            raise ValueError(f"seeds have shape {tuple(seeds.shape)}; valid: [{num_users}], one a user")
 
         def step(rows: Rows, logp_UWK: Tensor, level: int) -> Rows:
             bits_UW = _prefix_bits(seeds, rows, level)

@@ -98,7 +98,7 @@ def narrow(user, sizes, sessions, width, normalise="codebook"):
     legal, beams = prefixes_of(sessions), [((), 0.0)]
     for _ in range(len(next(iter(sessions)))):
         longer = [
-            (prefix + (code,), score + gain)
+            ((*prefix, code), score + gain)
             for prefix, score in beams
             for code, gain in scores_of(user, prefix, sizes, legal, normalise).items()
         ]

@@ -160,7 +160,8 @@ def test_one_beam_never_enters_a_prefix_whose_items_are_all_spent(form):
 def test_widths_keep_more_rows_early():
     decoding = TableDecoding([0], SIZES)
     beams = beam_search(decoding, Trie.of(CODES, SIZES), width=2, widths=(3, 12, 2), num_items=2)
-    assert decoding.widths[:4] == [1, 3, len({tuple(row[:2]) for row in CODES.tolist()}), 2]
+    # The rows of a level may be filled up with some that are none.
+    assert decoding.widths[:4] == [1, 3, 12, 2]
     single = search([0], width=2, widths=(3, 12, 2))
     assert_same(found_in(single, 0), exhaustive(0, SIZES, legal_sessions(CODES, num_items=1))[:2])
     assert beams.items_UWm.shape == (1, 2, 2)

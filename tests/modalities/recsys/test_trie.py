@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -56,7 +57,7 @@ def test_leaves_are_the_distinct_ids_in_order_and_their_items_a_partition(table)
     leaves = torch.arange(trie.num_leaves)
     assert [tuple(row) for row in trie.codes(leaves).tolist()] == sorted(ids)
     offsets = trie.item_first.tolist()
-    items = [trie.items[a:b].tolist() for a, b in zip(offsets, offsets[1:], strict=False)]
+    items = [trie.items[a:b].tolist() for a, b in itertools.pairwise(offsets)]
     assert items == [ids[key] for key in sorted(ids)]
     assert trie.codes(trie.leaf_of_item).equal(codes_IL)
     assert trie.find(codes_IL).equal(trie.leaf_of_item)
@@ -179,7 +180,7 @@ def test_codes_that_do_not_fit_are_named(codes, sizes, message):
 @pytest.mark.parametrize(
     ("rows", "users", "message"),
     [
-        ([[0], [1]], 3, "3 offsets over 2 items for 3 users"),
+        ([[0], [1]], 3, "3 offsets over 2 items do not fit 3 users"),
         ([[4]], 1, "forbidden items go from 4 to 4; valid: 0 to 3"),
         ([[-1, 2]], 1, "forbidden items go from -1 to 2"),
     ],
