@@ -4,7 +4,8 @@
     python scripts/recommend.py --model runs/x/model --histories users.jsonl --output recommended.jsonl
 
 users.jsonl holds one {"user": name, "history": [item, ...]} a line, oldest first. A session model recommends
-sessions of `session_items` items; unknown items are left out, and said.
+sessions of `session_items` items; unknown items are left out, and said. A model that looks users up knows
+those it was trained on by name; with --history, --user names one.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class Config:
     model: str
     history: str | None = None
     histories: str | None = None
+    user: str = ""
     output: str | None = None
     num: int = 10
     session_items: int = 1
@@ -63,7 +65,7 @@ def run(config: Config) -> int:
             print(f"left out, not in the catalogue: {', '.join(odd[:5])}", file=sys.stderr)
     if unknown:
         print(f"{unknown} items of histories are not in the catalogue and were left out", file=sys.stderr)
-    found = _recommended(made, rows, config)
+    found = _recommended(made, rows, [user for user, _ in asked], config)
     lines = [
         {
             "user": user,
@@ -91,7 +93,7 @@ def run(config: Config) -> int:
 
 
 def _recommended(
-    made: Recommender, rows: Sequence[torch.Tensor], config: Config
+    made: Recommender, rows: Sequence[torch.Tensor], users: Sequence[str], config: Config
 ) -> list[list[tuple[list[int], float | None]]]:
     """Sessions of item numbers and their log-probs, best first, for every history."""
     if made.ids is None:
@@ -110,6 +112,7 @@ def _recommended(
             forbidden=list(rows) if config.mask_seen else None,
             window=made.window,
             batch_size=config.batch_size,
+            owners=made.owners(users),
             progress=bar.update,
         )
     pairs = zip(
@@ -120,7 +123,7 @@ def _recommended(
 
 def _asked(config: Config, quarantine: Quarantine) -> list[tuple[str, list[str]]]:
     if config.history is not None:
-        return [("", [name.strip() for name in config.history.split(",") if name.strip()])]
+        return [(config.user, [name.strip() for name in config.history.split(",") if name.strip()])]
     path = Path(config.histories or "")
     found = []
     for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):

@@ -72,14 +72,20 @@ class HistoryTokens(nn.Module):
 
     kind: 'sum': one token an item, the sum of its codes' vectors, and of the item's own with `item_table`;
     'codes': a token a code; 'separated': a separator after every item, as OneRec has it (2502.18965, 2.2).
-    A learnt token stands first, so that an empty history is a history.
+    A learnt token stands first, so that an empty history is a history; `user_table` adds the user's vector.
     """
 
-    def __init__(self, codes: CodeVectors, kind: TokenKind, item_table: nn.Module | None, dropout: float):
+    def __init__(
+        self,
+        codes: CodeVectors,
+        kind: TokenKind,
+        item_table: nn.Module | None,
+        dropout: float,
+        user_table: nn.Module | None = None,
+    ):
         super().__init__()
-        if item_table is not None and kind != "sum":
-            raise ValueError(f"model.item_vectors needs model.history_tokens=sum, not {kind}")
-        self.codes, self.kind, self.item_table = codes, kind, item_table
+        assert item_table is None or kind == "sum"
+        self.codes, self.kind, self.item_table, self.user_table = codes, kind, item_table, user_table
         self.first_D = nn.Parameter(torch.randn(codes.width) * 0.02)
         self.separator_D = nn.Parameter(torch.randn(codes.width) * 0.02) if kind == "separated" else None
         self.dropout = nn.Dropout(dropout)
@@ -103,6 +109,9 @@ class HistoryTokens(nn.Module):
         places_T = 1 + (history.places.unsqueeze(-1) * self.per_item + inner).flatten()
         rows_T = history.rows.repeat_interleave(self.per_item)
         first = self.first_D.expand(users, -1).to(vectors.dtype)
+        if self.user_table is not None:
+            assert history.owners is not None
+            first = first + self.user_table(history.owners)
         # Every user's first token goes before its items: the order of slots.
         slots = torch.cat([starts_B, starts_B[rows_T] + places_T])
         order = slots.argsort()

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from triptych.modalities.recsys.features import Feature, Sides
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interactions:
@@ -19,7 +21,8 @@ class Interactions:
     users, items: names, whose place is the number. offsets: [U + 1] int64, events of user u are
     offsets[u]:offsets[u + 1]. item_E: int64. time_E: float64, seconds, or the place where the source has no
     time. rating_E: float32. signals: further columns, [E] float32. titles: [I], shown to people; texts: [I],
-    what is known of an item in words. fingerprint: SHA-256 of what was read.
+    what is known of an item in words. item_features, user_features: by name, such as genre. fingerprint:
+    SHA-256 of what was read.
     """
 
     users: tuple[str, ...]
@@ -31,6 +34,8 @@ class Interactions:
     signals: Mapping[str, Tensor] = field(default_factory=dict)
     titles: tuple[str, ...] = ()
     texts: tuple[str, ...] = ()
+    item_features: Mapping[str, Feature] = field(default_factory=dict)
+    user_features: Mapping[str, Feature] = field(default_factory=dict)
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
@@ -42,6 +47,10 @@ class Interactions:
                 raise ValueError(f"{name} has shape {tuple(column.shape)}; expected ({num},)")
         if num and (int(self.item_E.min()) < 0 or int(self.item_E.max()) >= len(self.items)):
             raise ValueError(f"item numbers must be from 0 to {len(self.items) - 1}")
+        for of, num in ((self.item_features, len(self.items)), (self.user_features, len(self.users))):
+            for name, feature in of.items():
+                if len(feature.ids_NP) != num:
+                    raise ValueError(f"feature {name} has {len(feature.ids_NP)} rows; expected {num}")
         for name in ("titles", "texts"):
             if not getattr(self, name):
                 object.__setattr__(self, name, self.items)
@@ -51,6 +60,16 @@ class Interactions:
     def of(self, user: int) -> Tensor:
         """Items of a user in time order."""
         return self.item_E[self.offsets[user] : self.offsets[user + 1]]
+
+    @property
+    def sides(self) -> Sides:
+        """What a model may look up besides the events."""
+        return Sides(
+            num_items=len(self.items),
+            num_users=len(self.users),
+            item_features=self.item_features,
+            user_features=self.user_features,
+        )
 
     @property
     def lengths(self) -> Tensor:

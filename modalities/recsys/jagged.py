@@ -16,21 +16,23 @@ from torch import Tensor
 class Jagged:
     """values: [T, ...], row after row. offsets: [B + 1] int64, row b is values[offsets[b]:offsets[b + 1]].
 
-    longest: M, known on the host, so that no layer has to wait for the device.
+    longest: M, known on the host, so that no layer has to wait for the device. owners: number of the user
+    that each row is of, -1 = unknown, [B], or None where nobody asks.
     """
 
     values: Tensor
     offsets: Tensor
     longest: int
+    owners: Tensor | None = None
 
     @classmethod
-    def of(cls, rows: Sequence[Tensor]) -> Jagged:
+    def of(cls, rows: Sequence[Tensor], owners: Tensor | None = None) -> Jagged:
         """Rows laid end to end; ValueError when there is none."""
         if not rows:
             raise ValueError("a jagged tensor needs at least one row")
         lengths = torch.tensor([len(row) for row in rows])
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        return cls(torch.cat(list(rows)), offsets, int(lengths.max()))
+        return cls(torch.cat(list(rows)), offsets, int(lengths.max()), owners)
 
     @property
     def num_rows(self) -> int:
@@ -56,11 +58,12 @@ class Jagged:
     def to(self, device: torch.device) -> Jagged:
         """The same on a device."""
         values = self.values.to(device, non_blocking=True)
-        return Jagged(values, self.offsets.to(device, non_blocking=True), self.longest)
+        owners = None if self.owners is None else self.owners.to(device, non_blocking=True)
+        return Jagged(values, self.offsets.to(device, non_blocking=True), self.longest, owners)
 
     def with_values(self, values: Tensor) -> Jagged:
         """The same rows of other values, one for each."""
-        return Jagged(values, self.offsets, self.longest)
+        return Jagged(values, self.offsets, self.longest, self.owners)
 
 
 def padded(values_T: Tensor, slots_T: Tensor, *, num_rows: int, longest: int) -> Tensor:

@@ -32,7 +32,7 @@ class Example:
 
     history: item ids in time order, [n]. sessions: [K, m], -1 after a session's last item. seen: items of the
     history that each session may look at, [K]; less than n for sessions that were part of it ('next').
-    relevance: of each; a pair's chosen session comes first.
+    relevance: of each; a pair's chosen session comes first. user: number, -1 = unknown.
     """
 
     id: str
@@ -44,6 +44,7 @@ class Example:
     relevance: tuple[float, ...] = ()
     strength: float | None = None
     margin: float | None = None
+    user: int = -1
 
     def __post_init__(self) -> None:
         num, length = len(self.sessions), len(self.history)
@@ -117,7 +118,7 @@ class Collator:
             relevance[i, : len(e.relevance)] = torch.tensor(e.relevance)
         return SessionBatch(
             kind=kind,
-            history=Jagged.of([e.history for e in examples]),
+            history=Jagged.of([e.history for e in examples], torch.tensor([e.user for e in examples])),
             sessions=Sessions(
                 items=items, user=user, seen=torch.cat([e.seen for e in examples]), most=max(numbers)
             ),
@@ -187,10 +188,11 @@ def _widened(sessions: Tensor, length: int) -> Tensor:
 
 
 def _keys(example: Example) -> list[str]:
-    """SHA-256 of what is scored: the history as far as it is seen, and the session's items."""
+    """SHA-256 of what is scored: the user, the history as far as it is seen, and the session's items."""
     found = []
     for session, seen in zip(example.sessions.tolist(), example.seen.tolist(), strict=True):
-        text = f"{example.history[:seen].tolist()}\x1f{[i for i in session if i >= 0]}"
+        items = [i for i in session if i >= 0]
+        text = f"{example.user}\x1f{example.history[:seen].tolist()}\x1f{items}"
         found.append(hashlib.sha256(text.encode()).hexdigest())
     return found
 

@@ -8,7 +8,7 @@ E head width, I items.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -48,14 +48,22 @@ class ModelConfig:
     kind: 'session' writes semantic ids with a decoder; 'sasrec' scores items from the last history token.
     context: 'bidirectional' encoder (OneRec, TIGER), 'causal' encoder, or 'lazy': none, shared keys = values
     (OneRec-V2). The last two train on every position of a history in one pass. history_tokens: see
-    `HistoryTokens`. item_vectors adds an embedding of the item itself to its token. hidden: width of the
-    feed-forward layers, 0 = 8/3 of width. tie: heads are the decoder's code vectors. experts: null = dense.
+    `HistoryTokens`. item_vectors adds an embedding of the item itself to its token, item_features those of
+    its features' values; user_vectors and user_features do so with the history's first token. tables: where
+    those embeddings are, in torch or in torchrec's collection, which several ranks share out among them.
+    decoder_dropout: of the decoder, null = dropout; a code says little of an item and the next one depends on
+    all before it, so the decoder wants less than the context. hidden: width of the feed-forward layers, 0 =
+    8/3 of width. tie: heads are the decoder's code vectors. experts: null = dense.
     """
 
     kind: Literal["session", "sasrec"] = "session"
     context: ContextKind = "bidirectional"
     history_tokens: TokenKind = "sum"
     item_vectors: bool = False
+    item_features: list[str] = field(default_factory=list)
+    user_vectors: bool = False
+    user_features: list[str] = field(default_factory=list)
+    tables: Literal["torch", "torchrec"] = "torch"
     width: int = 64
     heads: int = 4
     kv_heads: int = 0
@@ -63,6 +71,7 @@ class ModelConfig:
     decoder_layers: int = 2
     hidden: int = 0
     dropout: float = 0.1
+    decoder_dropout: float | None = None
     tie: bool = False
     experts: ExpertsConfig | None = None
     kernel: Impl = "auto"
@@ -72,10 +81,28 @@ class ModelConfig:
             raise ValueError(f"model.width={self.width} must be an even multiple of model.heads={self.heads}")
         if self.kv_heads and self.heads % self.kv_heads:
             raise ValueError(f"model.kv_heads={self.kv_heads} must divide model.heads={self.heads}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"model.dropout={self.dropout} must be in [0, 1)")
+        for name, value in (("dropout", self.dropout), ("decoder_dropout", self.decoder_rate)):
+            if not 0 <= value < 1:
+                raise ValueError(f"model.{name}={value} must be in [0, 1)")
         if self.kind == "sasrec" and self.context != "causal":
             raise ValueError(f"model.kind=sasrec needs model.context=causal, not {self.context}")
+        if self.kind == "sasrec" and self.decoder_dropout is not None:
+            raise ValueError("model.kind=sasrec has no decoder: leave decoder_dropout out")
+        if self.kind == "sasrec" and (self.looks_up or self.tables != "torch"):
+            raise ValueError(
+                "model.kind=sasrec has the items' vectors alone: leave item_vectors, item_features, "
+                "user_vectors, user_features and tables out"
+            )
+        if self.history_tokens != "sum" and (self.item_vectors or self.item_features):
+            raise ValueError(
+                "model.item_vectors and model.item_features need model.history_tokens=sum, "
+                f"not {self.history_tokens}"
+            )
+        if self.tables == "torchrec" and not self.looks_up:
+            raise ValueError(
+                "model.tables=torchrec has nothing to hold: set model.item_vectors, item_features, "
+                "user_vectors or user_features"
+            )
         if self.context == "lazy" and self.encoder_layers:
             raise ValueError("model.context=lazy has no encoder: set model.encoder_layers=0")
         if self.context != "lazy" and not self.encoder_layers:
@@ -85,6 +112,16 @@ class ModelConfig:
     def every_position(self) -> bool:
         """Whether one pass over a history can predict after each of its items."""
         return self.context != "bidirectional"
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether there are embeddings of items or users besides those of codes."""
+        return bool(self.item_vectors or self.item_features or self.user_vectors or self.user_features)
+
+    @property
+    def decoder_rate(self) -> float:
+        """Dropout of the decoder."""
+        return self.dropout if self.decoder_dropout is None else self.decoder_dropout
 
     @property
     def feed_forward(self) -> int:
@@ -116,7 +153,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, kv_heads: int):
         super().__init__()
         width = config.width
-        self.heads, self.rate = config.heads, config.dropout
+        self.heads, self.rate = config.heads, config.decoder_rate
         self.norm, self.norm_cross, self.norm_ff = (nn.RMSNorm(width) for _ in range(3))
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.query, self.out_cross = (nn.Linear(width, width, bias=False) for _ in range(2))
@@ -132,7 +169,7 @@ class DecoderLayer(nn.Module):
                 balance_rate=experts.balance_rate,
             )
         )
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.decoder_rate)
 
     def forward(
         self,
@@ -166,20 +203,28 @@ class SessionPolicy(nn.Module):
     codes_IL: semantic id of every item. Before each item the decoder reads a begin token (OneRec,
     2502.18965, 3.2), which is not predicted. The history is encoded once a user, whatever the number of
     sessions, and its keys and values are projected once; sessions are folded into the length of the queries.
-    item_table: item ids [T] -> [T, D], where config.item_vectors asks for one.
+    item_table, user_table: numbers [T] -> [T, D], where config asks for them; see `make_policy`.
     """
 
-    def __init__(self, config: ModelConfig, codes_IL: Tensor, sizes: tuple[int, ...], item_table=None):
+    def __init__(
+        self,
+        config: ModelConfig,
+        codes_IL: Tensor,
+        sizes: tuple[int, ...],
+        item_table: nn.Module | None = None,
+        user_table: nn.Module | None = None,
+    ):
         super().__init__()
-        if config.item_vectors and item_table is None:
-            item_table = nn.Embedding(len(codes_IL), config.width)
-            nn.init.normal_(item_table.weight, std=0.02)
+        assert item_table is not None or not (config.item_vectors or config.item_features)
+        assert user_table is not None or not (config.user_vectors or config.user_features)
         kv_heads = config.kv_heads or config.heads
         width, head_width = config.width, config.width // config.heads
         self.config, self.sizes = config, tuple(sizes)
         self.register_buffer("codes_IL", codes_IL, persistent=False)
         self.history_codes = CodeVectors(sizes, width)
-        self.tokens = HistoryTokens(self.history_codes, config.history_tokens, item_table, config.dropout)
+        self.tokens = HistoryTokens(
+            self.history_codes, config.history_tokens, item_table, config.dropout, user_table
+        )
         self.encoder = (
             None
             if config.context == "lazy"
@@ -238,7 +283,7 @@ class SessionPolicy(nn.Module):
         begin = self.begin_D.expand(num, items, 1, -1)
         vectors = self.codes(codes_NmL)
         x_NSD = torch.cat([begin.to(vectors.dtype), vectors], 2).flatten(1, 2)[:, :-1]
-        x_NSD = functional.dropout(x_NSD, self.config.dropout, self.training)
+        x_NSD = functional.dropout(x_NSD, self.config.decoder_rate, self.training)
         cross = _Cross.of(context, sessions)
         for index, layer in enumerate(self.layers):
             x_NSD, _ = layer(x_NSD, 0, None, cross.layer(index))

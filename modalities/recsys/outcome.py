@@ -11,12 +11,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from triptych.modalities.recsys.classical import BARS
+from triptych.modalities.recsys.beams import Beams
 from triptych.modalities.recsys.exported import Recommender, export
-from triptych.modalities.recsys.interactions import Split
-from triptych.modalities.recsys.ranked import RankingConfig, ranked_items, sessions_of
-from triptych.modalities.recsys.ranking import coverage, ranking_metrics, top_items
-from triptych.modalities.recsys.ranking_report import ranking_figure, ranking_table
+from triptych.modalities.recsys.ranked import bar_rankings, ranked_items, sessions_of, tested
+from triptych.modalities.recsys.ranking import ranking_metrics
+from triptych.modalities.recsys.ranking_report import (
+    lists_table,
+    ranking_figure,
+    ranking_note,
+    ranking_table,
+    sessions_table,
+)
 from triptych.modalities.recsys.setup import RecsysConfig, RecsysRun
 from triptych.modalities.recsys.trie import Trie
 from triptych.training.atomic import write_json
@@ -27,6 +32,7 @@ from triptych.training.references import unwrapped
 from triptych.training.report import Figure, Table, write_report
 from triptych.training.stats import Estimate
 
+SESSION_USERS = 200
 OURS = {"session": "this model", "sasrec": "SASRec (this run)"}
 
 
@@ -46,7 +52,14 @@ def validation(made: RecsysRun, config: RecsysConfig) -> Callable[[nn.Module], M
     targets = made.split.valid_U[users]
 
     def measure(policy: nn.Module) -> Mapping[str, float]:
-        items = ranked_items(policy, trie, histories, config.evaluation, window=config.session.window)
+        items = ranked_items(
+            policy,
+            trie,
+            histories,
+            config.evaluation,
+            window=config.session.window,
+            owners=torch.tensor(users),
+        )
         rows = ranking_metrics(items, targets, tuple(config.evaluation.ks))
         return {f"ranking/{name}": float(values.mean()) for name, values in rows.items()}
 
@@ -68,9 +81,7 @@ def finish(
     """Rank the held-out items, put the bars beside, export the model with its card, and write report.html."""
     folder, model = Path(config.run.output_dir), unwrapped(policy)
     assert model is made.policy
-    users = _with(made.split.test_U)
-    histories = [_known(made.split, u) for u in users]
-    targets = made.split.test_U[users]
+    users, histories, targets = tested(made.split)
     with bar("rank", len(users)) as progress:
         items = ranked_items(
             model,
@@ -78,19 +89,23 @@ def finish(
             histories,
             config.evaluation,
             window=config.session.window,
+            owners=torch.tensor(users),
             progress=progress.update,
         )
     ours = OURS[config.model.kind]
-    rankings = {ours: items} | _bars(made.split, config.evaluation, histories, report, bar)
+    with bar("bars", len(config.evaluation.bars)) as progress:
+        bars = bar_rankings(made.split, config.evaluation, histories, progress.update)
+    rankings = {ours: items} | bars
     ks = tuple(config.evaluation.ks)
     rows = {name: [ranking_metrics(found, targets, ks)] for name, found in rankings.items()}
     _keep(folder, items, users, targets)
-    note = _note(config.evaluation, made.switches)
+    note = ranking_note(config.evaluation, made.switches)
     table, results = ranking_table(rows, against=ours, note=note)
-    for name, found in rankings.items():
-        results[f"{name}: catalogue coverage@{ks[-1]}"] = _plain(
-            coverage(found[:, : ks[-1]], len(made.events.items))
-        )
+    popularity = torch.bincount(made.events.item_E, minlength=len(made.events.items))
+    lists, measured = lists_table(
+        {name: [found] for name, found in rankings.items()}, popularity, made.vectors, _middle(ks)
+    )
+    results |= measured
     exported = Recommender(
         policy=made.policy,
         config=config.model,
@@ -98,12 +113,26 @@ def finish(
         items=made.events.items,
         titles=made.events.titles,
         window=config.session.window,
+        users=made.events.users,
+        sides=made.events.sides,
     )
     export(folder / "model", exported, state=model.state_dict())
     headline = {f"{name}@{k}": results[f"{ours}: {name}@{k}"] for k in ks for name in ("recall", "ndcg")}
     _card(folder, config, headline, command, versions, settings)
+    tables = [table, lists, *([made.id_table] if made.id_table else [])]
+    if made.ids is not None:
+        some = torch.linspace(0, len(users) - 1, min(SESSION_USERS, len(users))).long().unique().tolist()
+        beams = _sessions(
+            made,
+            config,
+            [histories[i] for i in some],
+            [users[i] for i in some],
+            num_items=max(2, config.session.items),
+        )
+        sessions, measured = sessions_table({ours: beams}, made.vectors)
+        tables.append(sessions)
+        results |= measured
     write_json(folder / "results.json", {n: asdict(e) for n, e in results.items()})
-    tables = [table, *([made.id_table] if made.id_table else [])]
     if config.evaluation.shown:
         tables.append(shown_users(made, model, config, users, histories))
     path = write_report(
@@ -135,16 +164,7 @@ def shown_users(
         items = ranked_items(model, None, rows, evaluation, window=config.session.window)
         sessions = items[:, :5].unsqueeze(-1)
     else:
-        beams = sessions_of(
-            made.policy,  # type: ignore[arg-type]
-            trie,
-            rows,
-            width=evaluation.width,
-            num_items=evaluation.session_items,
-            forbidden=rows if evaluation.mask_seen else None,
-            window=config.session.window,
-            batch_size=evaluation.batch_size,
-        )
+        beams = _sessions(made, config, rows, [users[i] for i in picked], num_items=evaluation.session_items)
         sessions = beams.items_UWm[:, : 5 if evaluation.session_items == 1 else 2]
     lines = []
     for place, i in enumerate(picked):
@@ -170,53 +190,34 @@ def _with(targets_U: Tensor) -> list[int]:
     return (targets_U >= 0).nonzero()[:, 0].tolist()
 
 
-def _known(split: Split, user: int) -> Tensor:
-    """A user's events before the test item: those of training and the validation item."""
-    valid = split.valid_U[user : user + 1]
-    return torch.cat([split.train.of(user), valid[valid >= 0]])
-
-
-def _bars(
-    split: Split,
-    config: RankingConfig,
-    histories: Sequence[Tensor],
-    report: Callable[[str], None],
-    bar: Callable[[str, int], Progress],
-) -> dict[str, Tensor]:
-    """Rankings of the classical recommenders, which fit on training and validation events."""
-    if not config.bars:
-        return {}
-    events, most = split.with_validation(), max(config.ks)
-    found = {}
-    with bar("bars", len(config.bars)) as progress:
-        for done, name in enumerate(config.bars, start=1):
-            scorer = BARS[name](events)
-            parts = []
-            for start in range(0, len(histories), 256):
-                block = list(histories[start : start + 256])
-                parts.append(top_items(scorer(block), most, block if config.mask_seen else None))
-            found[name] = torch.cat(parts)
-            progress.update(done)
-    return found
+def _sessions(
+    made: RecsysRun,
+    config: RecsysConfig,
+    rows: Sequence[Tensor],
+    users: Sequence[int],
+    *,
+    num_items: int,
+) -> Beams:
+    """The likeliest sessions after each history."""
+    trie = trie_of(made)
+    assert trie is not None
+    return sessions_of(
+        made.policy,  # type: ignore[arg-type]
+        trie,
+        rows,
+        width=config.evaluation.width,
+        num_items=num_items,
+        forbidden=rows if config.evaluation.mask_seen else None,
+        window=config.session.window,
+        batch_size=config.evaluation.batch_size,
+        owners=torch.tensor(users),
+    )
 
 
 def _keep(folder: Path, items: Tensor, users: Sequence[int], targets: Tensor) -> None:
     """Rankings of this run, from which runs of several seeds are compared."""
     tensors = {"items": items.contiguous(), "users": torch.tensor(users), "targets": targets.contiguous()}
     save_file(tensors, folder / "rankings.safetensors")
-
-
-def _note(config: RankingConfig, switches: Sequence[str]) -> str:
-    masked = "are not ranked" if config.mask_seen else "are ranked, too"
-    return (
-        f"Leave one out; the whole catalogue is ranked; a user's earlier items {masked}; "
-        f"items below {config.width} beams count as not found. {' '.join(switches)} "
-        "95 % intervals by bootstrap over users."
-    )
-
-
-def _plain(value: float) -> Estimate:
-    return Estimate(float(value), float(value), float(value), 1)
 
 
 def _middle(ks: Sequence[int]) -> int:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from triptych.modalities.recsys.classical import BARS
 from triptych.modalities.recsys.data import DataConfig, describe, load_interactions
+from triptych.modalities.recsys.features import EntityVectors, Sides, picked
 from triptych.modalities.recsys.interactions import Interactions, Split, leave_one_out
 from triptych.modalities.recsys.likelihood import Collator, Example, SessionLikelihood, per_sample
 from triptych.modalities.recsys.model import ModelConfig, SessionPolicy
 from triptych.modalities.recsys.next_items import SessionConfig, next_examples
-from triptych.modalities.recsys.ranked import RankingConfig
+from triptych.modalities.recsys.ranked import RankingConfig, check_bars
 from triptych.modalities.recsys.sasrec import SasRec
 from triptych.modalities.recsys.semantic_ids import SemanticIds
+from triptych.modalities.recsys.tables import TableSpec, TorchTables
 from triptych.modalities.recsys.tokenise import TokeniseConfig, tokenise
 from triptych.objectives import LogLik, Terms
 from triptych.training.atomic import write_json
@@ -52,7 +53,10 @@ class RecsysConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RecsysRun:
-    """What `set_up` made. ids: of a session model; vectors: [I, D] that they were made of, if they were."""
+    """What `set_up` made.
+
+    ids: of a session model; vectors: [I, D] that they were made of, if they were. events: learnt from.
+    """
 
     policy: SessionPolicy | SasRec
     ids: SemanticIds | None
@@ -62,11 +66,7 @@ class RecsysRun:
     task: Task
     base_hash: str
     switches: tuple[str, ...]
-
-    @property
-    def events(self) -> Interactions:
-        """What is trained on."""
-        return self.split.train
+    events: Interactions
 
 
 def set_up(
@@ -83,8 +83,10 @@ def set_up(
     """
     if config.model.kind == "sasrec" and config.session.items != 1:
         raise ValueError(f"model.kind=sasrec predicts one item: session.items={config.session.items}")
-    if odd := sorted(set(config.evaluation.bars) - set(BARS)):
-        raise ValueError(f"evaluation.bars={', '.join(odd)}; valid: {', '.join(BARS)}")
+    last = config.session.hold_out == "test"
+    if last and config.run.eval_every:
+        raise ValueError("session.hold_out=test leaves nothing to validate on: set run.eval_every=0")
+    check_bars(config.evaluation)
     terms.check(LogLik, frozenset(), modality="recsys")
     if slots := terms.slots():
         raise ValueError(
@@ -92,15 +94,17 @@ def set_up(
         )
     events = load_interactions(config.data, quarantine=quarantine, report=report)
     split = leave_one_out(events)
-    switches = tuple(describe(events, split))
+    learnt = split.with_validation() if last else split.train
+    what = "training and validation" if last else "training"
+    switches = (*describe(events, split), f"The model learns from {what} events.")
     for line in switches:
         report(line)
     ids, vectors, table = None, None, None
     if config.model.kind == "session":
-        ids, vectors, table = _semantic_ids(config, split, report)
+        ids, vectors, table = _semantic_ids(config, learnt, report)
     torch.manual_seed(config.run.seed)
-    policy = make_policy(config.model, ids, len(events.items)).to(device)
-    examples = next_examples(split.train, config.session, every_position=config.model.every_position)
+    policy = make_policy(config.model, ids, events.sides).to(device)
+    examples = next_examples(learnt, config.session, every_position=config.model.every_position)
     if not examples:
         raise ValueError(
             f"data.source={config.data.source}: no user has 4 events, two to train on and two to hold out"
@@ -115,17 +119,38 @@ def set_up(
         task=next_task(examples, terms, levels),
         base_hash=content_hash(policy),
         switches=switches,
+        events=learnt,
     )
 
 
-def make_policy(
-    config: ModelConfig, ids: SemanticIds | None, num_items: int, item_table: nn.Module | None = None
-) -> SessionPolicy | SasRec:
-    """A model of this configuration with fresh weights."""
+def make_policy(config: ModelConfig, ids: SemanticIds | None, sides: Sides) -> SessionPolicy | SasRec:
+    """A model of this configuration with fresh weights; ValueError for a feature that there is not."""
     if config.kind == "sasrec":
-        return SasRec(config, num_items)
+        return SasRec(config, sides.num_items)
     assert ids is not None
-    return SessionPolicy(config, ids.codes_IL, ids.sizes, item_table)
+    tables: list[EntityVectors | None] = []
+    for what, own, num, there in (
+        ("item", config.item_vectors, sides.num_items, sides.item_features),
+        ("user", config.user_vectors, sides.num_users, sides.user_features),
+    ):
+        names = config.item_features if what == "item" else config.user_features
+        features = picked(there, names, f"model.{what}_features")
+        wanted = own or features
+        name = what if own else None
+        tables.append(
+            EntityVectors(_tables(config), config.width, own=name, num=num, features=features)
+            if wanted
+            else None
+        )
+    return SessionPolicy(config, ids.codes_IL, ids.sizes, *tables)
+
+
+def _tables(config: ModelConfig) -> Callable[[Sequence[TableSpec], int], nn.Module]:
+    if config.tables == "torch":
+        return TorchTables
+    from triptych.modalities.recsys.sharded_tables import TorchrecTables
+
+    return TorchrecTables
 
 
 def next_task(examples: list[Example], terms: Terms, levels: int) -> Task:
@@ -144,13 +169,13 @@ def next_task(examples: list[Example], terms: Terms, levels: int) -> Task:
 
 
 def _semantic_ids(
-    config: RecsysConfig, split: Split, report: Callable[[str], None]
+    config: RecsysConfig, events: Interactions, report: Callable[[str], None]
 ) -> tuple[SemanticIds, Tensor | None, Table | None]:
     if config.ids.path is not None:
-        return SemanticIds.read(Path(config.ids.path), split.train.items), None, None
+        return SemanticIds.read(Path(config.ids.path), events.items), None, None
     folder = Path(config.run.output_dir) / "ids"
-    ids, vectors, table = tokenise(split.train, config.ids.make, report)
+    ids, vectors, table = tokenise(events, config.ids.make, report)
     folder.mkdir(parents=True, exist_ok=True)
     ids.write(folder / "index.json")
-    write_json(folder / "made_of.json", {"fingerprint": split.train.fingerprint, "items": len(ids.items)})
+    write_json(folder / "made_of.json", {"fingerprint": events.fingerprint, "items": len(ids.items)})
     return ids, vectors, table

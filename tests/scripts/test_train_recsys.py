@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from triptych.modalities.recsys.exported import load
-from triptych.scripts import recommend, train_recsys
+from triptych.scripts import evaluate_recsys, recommend, train_recsys
 
 RECIPES = Path(train_recsys.__file__).parent / "recipes" / "recsys"
 
@@ -89,6 +89,46 @@ def test_it_recommends_from_the_exported_folder_alone(trained, tmp_path, capsys)
     assert "left out, not in the catalogue: never seen" in shown.err
 
 
+def test_exported_models_of_several_seeds_are_compared_in_one_table(trained, tmp_path, capsys):
+    events = str(trained.parent / "events.csv")
+    names = {"walker": [str(trained / "model")] * 2}
+    options = ["--evaluation.width", "20", "--evaluation.bars", '["MostPop"]', "--output", str(tmp_path)]
+    options += ["--evaluation.session_items", "2"]
+    assert evaluate_recsys.main(["--data.source", events, "--models", json.dumps(names), *options]) == 0
+    alone, both = (json.loads((p / "results.json").read_text()) for p in (trained, tmp_path))
+    for name in ("recall@5", "ndcg@10"):
+        assert both[f"walker: {name}"] == alone[f"this model: {name}"]
+        assert both[f"MostPop: {name}"] == alone[f"MostPop: {name}"]
+    assert both["walker, sessions: legal"]["mean"] == 1
+    assert both["walker, sessions: items repeated"]["mean"] == 0
+    assert "walker (2 seeds)" in capsys.readouterr().out
+    assert load_file(tmp_path / "rankings.safetensors")["walker/1"].shape == (30, 20)
+
+
+def test_a_catalogue_with_other_items_is_matched_by_name(trained, tmp_path, capsys):
+    lines = (trained.parent / "events.csv").read_text().replace("film 23,", "film x,").splitlines()
+    other = tmp_path / "other.csv"
+    # Another order of items, another first item, and one that the model does not know.
+    other.write_text("\n".join([lines[0], "new,film x,0", "new,film 9,1", "new,film 10,2", *lines[1:]]))
+    options = ["--evaluation.width", "20", "--output", str(tmp_path)]
+    models = json.dumps({"walker": [str(trained / "model")]})
+    assert evaluate_recsys.main(["--data.source", str(other), "--models", models, *options]) == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["walker: recall@5"]["mean"] > 0.8
+    assert "1 of 24 items are not in its catalogue" in capsys.readouterr().out
+
+
+def test_validation_events_are_learnt_from_when_only_tests_are_held_out(tmp_path, capsys):
+    events = write_events(tmp_path / "events.csv", users=10)
+    made = {}
+    for name in ("validation_and_test", "test"):
+        options = {"session.hold_out": name, "optim.num_epochs": 1, "evaluation.bars": "[]"}
+        assert train_recsys.main(words(tmp_path / name, events, **options)) == 0
+        made[name] = capsys.readouterr()
+    assert "learns from training events" in made["validation_and_test"].err
+    assert "learns from training and validation events" in made["test"].err
+
+
 def test_a_file_of_histories_is_answered_line_by_line(trained, tmp_path, capsys):
     asked = tmp_path / "asked.jsonl"
     rows = [{"user": "x", "history": ["film 1", "film 2"]}, {"user": "y", "history": []}]
@@ -140,7 +180,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_weights(tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        {"model.kind": "sasrec", "model.context": "causal", "model.encoder_layers": 1},
+        {
+            "model.kind": "sasrec",
+            "model.context": "causal",
+            "model.encoder_layers": 1,
+            "model.item_vectors": "false",
+        },
         {"model.context": "bidirectional", "model.encoder_layers": 1, "model.history_tokens": "codes"},
         {"model.experts": '{"num_experts": 4, "top_k": 2, "balance_rate": 0.01}', "session.items": 3},
     ],
@@ -163,10 +208,21 @@ def test_the_other_forms_train_too(tmp_path, options):
                 "model.context": "causal",
                 "model.encoder_layers": 1,
                 "session.items": 2,
+                "model.item_vectors": "false",
             },
             "one item",
         ),
+        ({"session.hold_out": "test", "run.eval_every": 2}, "set run.eval_every=0"),
         ({"evaluation.bars": '["KNN"]'}, "evaluation.bars=KNN; valid: MostPop"),
+        (
+            {"model.kind": "sasrec", "model.context": "causal", "model.encoder_layers": 1},
+            "model.kind=sasrec has the items' vectors alone",
+        ),
+        ({"model.item_features": '["genre"]'}, "no feature 'genre'; they have none"),
+        (
+            {"model.item_vectors": "false", "model.tables": "torchrec"},
+            "model.tables=torchrec has nothing to hold",
+        ),
         ({"data.source": "nowhere.csv"}, "does not exist"),
     ],
 )
@@ -191,4 +247,6 @@ def test_every_recipe_runs_on_a_users_file_with_one_override(tmp_path, recipe):
         str(tmp_path / "run"),
     ]
     short = ["--optim.num_steps", "2", "--run.eval_every", "0"]
+    if "ids: {path:" in recipe.read_text():
+        short += ["--ids.path", "null"]
     assert train_recsys.main([*words_, *short]) == 0

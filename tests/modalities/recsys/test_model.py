@@ -163,13 +163,11 @@ def test_an_untrained_model_is_about_as_unsure_as_its_codebooks_are_large():
         ({"encoder_layers": 0}, "needs model.encoder_layers of at least 1"),
         ({"heads": 4, "kv_heads": 3}, "model.kv_heads=3 must divide"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
+        ({"item_vectors": True, "history_tokens": "codes"}, "need model.history_tokens=sum, not codes"),
+        ({"kind": "sasrec", "context": "causal", "user_vectors": True}, "has the items' vectors alone"),
+        ({"tables": "torchrec"}, "model.tables=torchrec has nothing to hold"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         ModelConfig(**options)
-
-
-def test_item_vectors_need_one_token_an_item():
-    with pytest.raises(ValueError, match=r"needs model\.history_tokens=sum, not codes"):
-        policy(item_vectors=True, history_tokens="codes")

@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from triptych.modalities.recsys.interactions import Interactions
-from triptych.modalities.recsys.next_items import SessionConfig, next_examples
+from triptych.modalities.recsys.next_items import Quality, SessionConfig, next_examples
 
 
 def events(*lengths):
@@ -51,6 +53,43 @@ def test_users_with_one_event_give_nothing_to_learn():
     assert [e.source for e in next_examples(events(1, 2), SessionConfig(), every_position=True)] == [
         "user u1"
     ]
+
+
+def watched(**signals):
+    """One user with six events and signals of them."""
+    made = events(6)
+    columns = {name: torch.tensor(values, dtype=torch.float32) for name, values in signals.items()}
+    return replace(made, rating_E=columns.pop("rating", None), signals=columns)
+
+
+@pytest.mark.parametrize("every_position", [True, False])
+@pytest.mark.parametrize(
+    ("quality", "rule", "firsts"),
+    [
+        # Sessions of two begin at 1..5; long_view 0 1 1 0 1 1 sums to 2 1 1 2 1.
+        ([Quality(signal="long_view", least=2)], "all", [1, 4]),
+        ([Quality(signal="long_view", least=1, statistic="most")], "all", [1, 2, 3, 4, 5]),
+        # A session of one item at the end has the mean of that one: 5.
+        ([Quality(signal="rating", least=4.5, statistic="mean")], "all", [5]),
+        ([Quality(signal="long_view", least=2), Quality(signal="rating", least=8)], "all", [4]),
+        ([Quality(signal="long_view", least=2), Quality(signal="rating", least=8)], "any", [1, 4]),
+    ],
+)
+def test_only_sessions_of_quality_are_learnt(every_position, quality, rule, firsts):
+    made = watched(long_view=[0, 1, 1, 0, 1, 1], rating=[1, 2, 3, 4, 3, 5])
+    config = SessionConfig(items=2, quality=quality, quality_rule=rule)
+    found = next_examples(made, config, every_position=every_position)
+    targets = [int(session[0]) for example in found for session in example.sessions]
+    assert sorted(targets) == firsts
+    for example in found:
+        seen = example.seen.tolist()
+        assert [int(s[0]) for s in example.sessions] == seen
+
+
+def test_a_quality_of_a_signal_that_is_not_there_is_refused():
+    config = SessionConfig(quality=[Quality(signal="is_like", least=1)])
+    with pytest.raises(ValueError, match="no signal 'is_like'; they have rating, play"):
+        next_examples(watched(rating=[1] * 6, play=[1] * 6), config, every_position=True)
 
 
 def test_settings_that_cannot_be_are_refused():

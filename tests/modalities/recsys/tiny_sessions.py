@@ -2,8 +2,11 @@
 
 import torch
 
+from triptych.modalities.recsys.features import Sides
 from triptych.modalities.recsys.jagged import Jagged
 from triptych.modalities.recsys.model import ExpertsConfig, ModelConfig, SessionPolicy, Sessions
+from triptych.modalities.recsys.semantic_ids import SemanticIds
+from triptych.modalities.recsys.setup import make_policy
 
 SIZES = (4, 3, 3)
 NUM_ITEMS = 20
@@ -27,7 +30,9 @@ def policy(*, context="bidirectional", num_items=NUM_ITEMS, seed=0, **options):
         "dropout": 0.1,
         "kernel": "reference",
     }
-    made = SessionPolicy(ModelConfig(**(settings | options)), codes(num_items), SIZES)
+    ids = SemanticIds(codes_IL=codes(num_items), sizes=SIZES, items=tuple(map(str, range(num_items))))
+    made = make_policy(ModelConfig(**(settings | options)), ids, Sides(num_items=num_items))
+    assert isinstance(made, SessionPolicy)
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.ndim > 1:
