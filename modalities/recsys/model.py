@@ -53,7 +53,8 @@ class ModelConfig:
     those embeddings are, in torch or in torchrec's collection, which several ranks share out among them.
     decoder_dropout: of the decoder, null = dropout; a code says little of an item and the next one depends on
     all before it, so the decoder wants less than the context. hidden: width of the feed-forward layers, 0 =
-    8/3 of width. tie: heads are the decoder's code vectors. experts: null = dense.
+    8/3 of width. tie: history, decoder and heads have one vector a code, as T5 has and so TIGER. experts: null
+    = dense.
     """
 
     kind: Literal["session", "sasrec"] = "session"
@@ -240,7 +241,7 @@ class SessionPolicy(nn.Module):
         self.reader = Reader(
             width, kv_heads, head_width, config.decoder_layers, shared=config.context == "lazy"
         )
-        self.codes = CodeVectors(sizes, width)
+        self.codes = self.history_codes if config.tie else CodeVectors(sizes, width)
         self.begin_D = nn.Parameter(torch.randn(width) * 0.02)
         self.layers = nn.ModuleList(DecoderLayer(config, kv_heads) for _ in range(config.decoder_layers))
         self.norm = nn.RMSNorm(width)
