@@ -53,8 +53,8 @@ class ModelConfig:
     those embeddings are, in torch or in torchrec's collection, which several ranks share out among them.
     decoder_dropout: of the decoder, null = dropout; a code says little of an item and the next one depends on
     all before it, so the decoder wants less than the context. hidden: width of the feed-forward layers, 0 =
-    8/3 of width. tie: history, decoder and heads have one vector a code, as T5 has and so TIGER. experts: null
-    = dense.
+    8/3 of width. tie: history, decoder and heads have one vector a code, as in T5, so TIGER. experts: null =
+    dense.
     """
 
     kind: Literal["session", "sasrec"] = "session"

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from triptych.modalities.recsys.kernels import chunked, reference
+from triptych.modalities.recsys.kernels.cost import Cost, session_costs
 from triptych.modalities.recsys.kernels.reference import ABSENT
 
-__all__ = ["ABSENT", "IMPLS", "Impl", "code_logps", "session_logps"]
+__all__ = ["ABSENT", "IMPLS", "Cost", "Impl", "code_logps", "session_costs", "session_logps"]
 
 Impl = Literal["auto", "reference", "chunked", "triton"]
 IMPLS: tuple[Impl, ...] = ("auto", "reference", "chunked", "triton")

@@ -18,8 +18,12 @@ import triton.language as tl
 from torch import Tensor
 
 from triptych.modalities.recsys.kernels.chunked import LevelOps, chunked_logps
+from triptych.modalities.recsys.kernels.cost import COLS, ROWS
 
-ROWS, COLS, DEPTH = 64, 64, 32
+DEPTH = 32
+# At 32 the running sums and a float32 product do not fit the registers of an A100 (sm_80): 16 bytes of them
+# spill when the number of rows is no multiple of 16, 128 when the width is none either.
+SCORE_FLOAT32_DEPTH = 16
 NUM_WARPS = 4
 # The lowest finite float32, not -inf: exp(-inf - -inf) must not appear.
 _LOWEST = tl.constexpr(-3.4028234663852886e38)
@@ -29,6 +33,11 @@ def logps(hidden_PLD: Tensor, weights: Sequence[Tensor], codes_LP: Tensor) -> Te
     """As `reference.logps`, with a bounded temporary (`chunked.chunk_rows`)."""
     contiguous = [weight.contiguous() for weight in weights]
     return chunked_logps(hidden_PLD, contiguous, codes_LP, ops=TRITON_OPS)
+
+
+def score_depth(dtype: torch.dtype) -> int:
+    """DEPTH of the score kernel for inputs of a dtype."""
+    return SCORE_FLOAT32_DEPTH if dtype == torch.float32 else DEPTH
 
 
 def interpreted() -> bool:
@@ -136,7 +145,7 @@ def _score(hidden_RD: Tensor, weight_KD: Tensor, codes_R: Tensor) -> Tensor:
             *_sizes(hidden_RD, weight_KD),
             ROWS=ROWS,
             COLS=COLS,
-            DEPTH=DEPTH,
+            DEPTH=score_depth(hidden_RD.dtype),
             num_warps=NUM_WARPS,  # type: ignore[call-arg]
         )
     return stats_4R
