@@ -19,6 +19,7 @@ COMMANDS = {
     ),
     ("train", "image-scorer"): ("train_image_scorer", "train a scorer of pictures or of denoising steps"),
     ("train", "recsys"): ("train_recsys", "train a generative recommender"),
+    ("tokenise",): ("tokenise_items", "make semantic ids of items"),
     ("evaluate", "recsys"): ("evaluate_recsys", "rank held-out events with exported recommenders"),
     ("recommend",): ("recommend", "recommend from an exported recommender alone"),
     ("train", "reward"): ("train_reward", "train a reward model"),

@@ -1,6 +1,6 @@
 """Rank held-out events with exported recommenders, several seeds each, beside classical ones.
 
-    python scripts/evaluate_recsys.py --config scripts/recipes/recsys/movielens_evaluate.yaml
+    python scripts/evaluate_recsys.py --config scripts/recipes/recsys_ids/movielens_evaluate.yaml
     python scripts/evaluate_recsys.py --data.source my.csv --models '{"a": ["runs/x/model"]}' --output runs/y
 
 models: name -> exported folders, one a seed: a user's results under all seeds are drawn together. The folder

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 
+from triptych.modalities.recsys.features import Feature
 from triptych.modalities.recsys.interactions import Interactions, Split
-from triptych.modalities.recsys.layouts import Frame, Source, read_source
+from triptych.modalities.recsys.layouts import FEATURE, Frame, Source, read_source
 from triptych.training.quarantine import DataError, Quarantine
 
 
@@ -24,8 +25,9 @@ class DataConfig:
     `*.inter.json`, or a CSV, TSV or parquet file of user, item, timestamp and perhaps rating. user, item,
     timestamp, rating: the columns' names where they are not the usual ones. min_rating: lower-rated events
     are left out. min_user_events, min_item_events: users and items with fewer are, until none is left.
-    duplicates: which of several events of one user and item is kept. ties: events of one user and time in
-    the file's order, or by item.
+    item_features, user_features: columns of a table that describe items or users, several values separated by
+    '|'; the first event's holds. MovieLens and Amazon bring theirs. duplicates: which of several events of
+    one user and item is kept. ties: events of one user and time in the file's order, or by item.
     """
 
     source: str
@@ -33,6 +35,8 @@ class DataConfig:
     item: str | None = None
     timestamp: str | None = None
     rating: str | None = None
+    item_features: list[str] = field(default_factory=list)
+    user_features: list[str] = field(default_factory=list)
     min_rating: float | None = None
     min_user_events: int = 1
     min_item_events: int = 1
@@ -53,7 +57,14 @@ def load_interactions(
     DataError naming the file for one that cannot be read or has nothing left.
     """
     columns = {n: getattr(config, n) for n in ("user", "item", "timestamp", "rating")}
-    source = read_source(config.source, columns, quarantine)
+    features = (*config.item_features, *config.user_features)
+    source = read_source(config.source, columns, quarantine, features=features)
+    if absent := [name for name in features if FEATURE + name not in source.events]:
+        raise DataError(
+            f"brings its own features, and has no column {absent[0]}",
+            source=config.source,
+            remedy="leave data.item_features and data.user_features out",
+        )
     report(f"{config.source}: {source.layout}, {len(source.events):,} events")
     events = _unrepeated(source.events, config, report)
     if config.min_rating is not None:
@@ -127,10 +138,19 @@ def _sorted(events: Frame, source: Source, config: DataConfig) -> Interactions:
     for column in ("user", "item", "time"):
         digest.update(np.ascontiguousarray(frame[column].to_numpy()).tobytes())
     digest.update("\x1f".join(names).encode())
+    users_named = tuple(str(name) for name in user_names)
+    described = {
+        "item": _features(frame, "item", names, source.item_features, config.item_features),
+        "user": _features(frame, "user", users_named, source.user_features, config.user_features),
+    }
+    for of, features in described.items():
+        for name, feature in features.items():
+            digest.update(f"{of}\x1f{name}\x1f{feature.rows}".encode())
     rating = frame["rating"].to_numpy(np.float32, copy=True) if "rating" in frame else None
-    extra = [c for c in frame.columns if c not in ("user", "item", "time", "rating")]
+    usual = ("user", "item", "time", "rating")
+    extra = [c for c in frame.columns if c not in usual and not c.startswith(FEATURE)]
     return Interactions(
-        users=tuple(str(name) for name in user_names),
+        users=users_named,
         items=names,
         offsets=torch.from_numpy(np.concatenate([[0], counts.cumsum()]).astype(np.int64)),
         item_E=torch.from_numpy(frame["item"].to_numpy(np.int64, copy=True)),
@@ -139,5 +159,22 @@ def _sorted(events: Frame, source: Source, config: DataConfig) -> Interactions:
         signals={c: torch.from_numpy(frame[c].to_numpy(np.float32, copy=True)) for c in extra},
         titles=tuple(source.titles.get(name, name) for name in names),
         texts=tuple(source.texts.get(name, source.titles.get(name, name)) for name in names),
+        item_features=described["item"],
+        user_features=described["user"],
         fingerprint=digest.hexdigest(),
     )
+
+
+def _features(
+    frame: Frame,
+    of: str,
+    names: tuple[str, ...],
+    known: Mapping[str, Mapping[str, Sequence[str]]],
+    columns: Sequence[str],
+) -> dict[str, Feature]:
+    """What is known of items or users, and their columns in the events; in the order of names."""
+    found = {name: Feature.of([values.get(n, ()) for n in names]) for name, values in known.items()}
+    for column in columns:
+        first = frame.groupby(of)[FEATURE + column].first()
+        found[column] = Feature.of([[v for v in text.split("|") if v] for text in first.sort_index()])
+    return found

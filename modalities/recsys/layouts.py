@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import gzip
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -37,22 +37,34 @@ SIGNALS = (
     "duration_ms",
 )
 Columns = Mapping[str, str | None]
+Values = Mapping[str, Mapping[str, Sequence[str]]]
+FEATURE = "feature "
 # Data frames and their columns: what their methods return depends on values that no checker knows.
 Frame = Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Events as read, with what the layout is called and what its items are called."""
+    """Events as read, with what the layout is called and what its items are called.
+
+    item_features, user_features: name of the feature -> item or user -> its values.
+    """
 
     events: Frame
     layout: str
     titles: Mapping[str, str] = field(default_factory=dict)
     texts: Mapping[str, str] = field(default_factory=dict)
+    item_features: Values = field(default_factory=dict)
+    user_features: Values = field(default_factory=dict)
 
 
-def read_source(source: str, columns: Columns, quarantine: Quarantine) -> Source:
-    """Events of a named data set, a folder or a file; DataError for what is none of them."""
+def read_source(
+    source: str, columns: Columns, quarantine: Quarantine, *, features: Sequence[str] = ()
+) -> Source:
+    """Events of a named data set, a folder or a file; DataError for what is none of them.
+
+    features: further columns of a table to be kept, as `FEATURE` and the name.
+    """
     if source == "movielens-100k":
         return _movielens_package()
     path = Path(source)
@@ -67,10 +79,13 @@ def read_source(source: str, columns: Columns, quarantine: Quarantine) -> Source
     if name.endswith((".json", ".jsonl")):
         return _amazon(path, quarantine)
     frame = pd.read_parquet(path) if name.endswith(".parquet") else _table(path)
-    return Source(events=events_of(frame, path, columns, quarantine), layout="a table of events")
+    events = events_of(frame, path, columns, quarantine, features=features)
+    return Source(events=events, layout="a table of events")
 
 
-def events_of(frame: Frame, path: Path, columns: Columns, quarantine: Quarantine) -> Frame:
+def events_of(
+    frame: Frame, path: Path, columns: Columns, quarantine: Quarantine, *, features: Sequence[str] = ()
+) -> Frame:
     """The columns of an event table by their usual names, bad rows left out and named by line."""
     # RecBole writes a type after each name: user_id:token.
     named = {str(c).split(":")[0].strip().lower(): c for c in frame.columns}
@@ -95,6 +110,14 @@ def events_of(frame: Frame, path: Path, columns: Columns, quarantine: Quarantine
         column = found.get(what) if what == "rating" else frame[named[what]]
         if column is not None:
             events[what] = _numbers(column)
+    for name in features:
+        if name.lower() not in named:
+            raise DataError(
+                f"has no column for the feature {name}",
+                source=str(path),
+                remedy=f"it has {', '.join(map(str, frame.columns))}; see data.item_features",
+            )
+        events[FEATURE + name] = frame[named[name.lower()]].astype("string").fillna("").astype(object)
     reasons = {
         "user": events["user"].isna(),
         "item": events["item"].isna(),
@@ -146,7 +169,15 @@ def _table(path: Path) -> Frame:
         skipped.append(row)
 
     read: Any = pd.read_csv
-    frame = read(path, sep=separator, dtype=str, engine="python", on_bad_lines=odd, skip_blank_lines=False)
+    settings = {"sep": separator, "dtype": str, "skip_blank_lines": False}
+    try:
+        frame = read(path, engine="c", **settings)
+        regular = isinstance(frame.index, pd.RangeIndex)
+    except (pd.errors.ParserError, UnicodeDecodeError):
+        regular = False
+    if not regular:
+        # The slow engine can say which line is wrong.
+        frame = read(path, engine="python", on_bad_lines=odd, encoding_errors="replace", **settings)
     if skipped:
         preview = separator.join(skipped[0])
         raise DataError(
@@ -179,12 +210,32 @@ def _movielens_package() -> Source:
     )
     columns = list(items.columns)
     genres = columns[columns.index("unknown") + 1 :]
-    titles, texts = {}, {}
+    titles, texts, genre = {}, {}, {}
     for row in items.to_dict("records"):
         item, title = str(row["movie_id"]), str(row["movie_title"])
         titles[item] = title
-        texts[item] = f"{title}. {', '.join(str(c) for c in genres if row[c] == 1)}"
-    return Source(events=frame, layout="MovieLens-100k", titles=titles, texts=texts)
+        genre[item] = [str(c) for c in genres if row[c] == 1]
+        texts[item] = f"{title}. {', '.join(genre[item])}"
+    persons = pd.read_parquet(root / "MovieLens100k_users.parquet.brotli").to_dict("records")
+    return Source(
+        events=frame,
+        layout="MovieLens-100k",
+        titles=titles,
+        texts=texts,
+        item_features={"genre": genre},
+        user_features=_persons(
+            {str(p["user_id"]): (str(p["gender"]), str(p["age"]), str(p["occupation"])) for p in persons}
+        ),
+    )
+
+
+def _persons(known: Mapping[str, tuple[str, str, str]]) -> Values:
+    """User -> gender, age and occupation, as features; ages by decade."""
+    return {
+        "gender": {user: [row[0]] for user, row in known.items()},
+        "age": {user: [f"{int(row[1]) // 10 * 10}s"] for user, row in known.items() if row[1].isdigit()},
+        "occupation": {user: [row[2]] for user, row in known.items()},
+    }
 
 
 def _folder(path: Path, columns: Columns, quarantine: Quarantine) -> Source:
@@ -192,35 +243,56 @@ def _folder(path: Path, columns: Columns, quarantine: Quarantine) -> Source:
         names = ["user", "item", "rating", "timestamp"]
         frame = pd.read_csv(path / "u.data", sep="\t", names=names, dtype=str)
         frame.attrs["lines"] = list(range(1, len(frame) + 1))
-        events, titles, texts = events_of(frame, path / "u.data", {}, quarantine), {}, {}
+        events, titles, texts, genre = events_of(frame, path / "u.data", {}, quarantine), {}, {}, {}
         if (path / "u.item").is_file():
-            for line in (path / "u.item").read_text("latin-1").splitlines():
-                item, title = line.split("|")[:2]
+            names = [line.split("|")[0] for line in _lines(path / "u.genre", "latin-1") if line]
+            for line in _lines(path / "u.item", "latin-1"):
+                item, title, *rest = line.split("|")
+                flags = rest[-len(names) :] if names else []
+                genre[item] = [name for name, flag in zip(names, flags, strict=False) if flag == "1"]
                 titles[item] = title
-        return Source(events=events, layout="MovieLens 100k", titles=titles, texts=texts)
+                texts[item] = f"{title}. {', '.join(genre[item])}" if genre[item] else title
+        persons = [line.split("|") for line in _lines(path / "u.user", "latin-1")]
+        return Source(
+            events=events,
+            layout="MovieLens 100k",
+            titles=titles,
+            texts=texts,
+            item_features={"genre": genre} if any(genre.values()) else {},
+            user_features=_persons({p[0]: (p[2], p[1], p[3]) for p in persons if len(p) >= 4})
+            if persons
+            else {},
+        )
     if (path / "ratings.dat").is_file():
         rows = [line.split("::") for line in (path / "ratings.dat").read_text("latin-1").splitlines()]
         frame = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"])
         frame.attrs["lines"] = list(range(1, len(frame) + 1))
         films = [line.split("::") for line in _lines(path / "movies.dat", "latin-1")]
+        persons = [line.split("::") for line in _lines(path / "users.dat", "latin-1")]
         return Source(
             events=events_of(frame, path / "ratings.dat", {}, quarantine),
             layout="MovieLens 1M",
             titles={f[0]: f[1] for f in films if len(f) == 3},
             texts={f[0]: f"{f[1]}. {f[2].replace('|', ', ')}" for f in films if len(f) == 3},
+            item_features={"genre": {f[0]: f[2].split("|") for f in films if len(f) == 3}} if films else {},
+            user_features=_persons({p[0]: (p[1], p[2], p[3]) for p in persons if len(p) >= 4})
+            if persons
+            else {},
         )
     if (path / "ratings.csv").is_file():
         frame = pd.read_csv(path / "ratings.csv", dtype={"userId": str, "movieId": str})
-        titles, texts = {}, {}
+        titles, texts, genre = {}, {}, {}
         if (path / "movies.csv").is_file():
             films = pd.read_csv(path / "movies.csv", dtype=str)
             for item, title, genres in zip(films["movieId"], films["title"], films["genres"], strict=True):
                 titles[item], texts[item] = title, f"{title}. {str(genres).replace('|', ', ')}"
+                genre[item] = str(genres).split("|")
         return Source(
             events=events_of(frame, path / "ratings.csv", columns, quarantine),
             layout="MovieLens 20M and later",
             titles=titles,
             texts=texts,
+            item_features={"genre": genre} if genre else {},
         )
     if logs := sorted(path.glob("log_*.csv")):
         parts = [events_of(pd.read_csv(f), f, columns, quarantine) for f in logs]
@@ -258,13 +330,21 @@ def _amazon(path: Path, quarantine: Quarantine) -> Source:
     frame = pd.DataFrame(rows)
     frame.attrs["lines"] = lines
     layout = "Amazon 2023" if "parent_asin" in frame else "Amazon 2014"
-    titles, texts = {}, {}
+    titles, texts, brands = {}, {}, {}
     for meta in sorted(path.parent.glob(f"meta_{path.name.removeprefix('reviews_').split('.')[0]}*")):
         for _, row in _objects(meta, quarantine):
             item = str(row.get("parent_asin") or row.get("asin"))
             titles[item] = str(row.get("title") or item)
             texts[item] = f"{titles[item]}. {row.get('description') or ''}"[:2000]
-    return Source(events=events_of(frame, path, {}, quarantine), layout=layout, titles=titles, texts=texts)
+            if brand := row.get("brand") or row.get("store"):
+                brands[item] = [str(brand)]
+    return Source(
+        events=events_of(frame, path, {}, quarantine),
+        layout=layout,
+        titles=titles,
+        texts=texts,
+        item_features={"brand": brands} if brands else {},
+    )
 
 
 def _wanted() -> set[str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from triptych.modalities.recsys.jagged import Jagged
 from triptych.modalities.recsys.model import Sessions
 from triptych.objectives import Input, LabelledLogLik, ListLogLik, LogLik, PairLogLik
+from triptych.training.order import Draw, key
 
 Kind = Literal["next", "pair", "list", "labelled"]
 INPUT_OF: dict[str, type[Input]] = {
@@ -96,14 +97,21 @@ class Collator:
     """Examples of one kind -> SessionBatch.
 
     levels: codes of an item, 1 for SASRec. per_sample: for 'next', what the number of a sample's sessions is
-    divided by, the mean over the data: then every position weighs the same, whichever user it is of.
+    divided by, the mean over the data: then every position weighs the same, whichever user it is of. crop:
+    largest share of a history's oldest items that a draw leaves out, see `cropped`.
     """
 
     levels: int
     per_sample: float = 1.0
+    crop: float = 0.0
 
-    def __call__(self, examples: Sequence[Example], draws: Sequence[object] = ()) -> SessionBatch:
+    def __call__(self, examples: Sequence[Example], draws: Sequence[Draw] = ()) -> SessionBatch:
         """One batch; ValueError when the examples are not all of one kind."""
+        if self.crop:
+            examples = [
+                cropped(e, self.crop, torch.Generator().manual_seed(key("crop", draw.seed)))
+                for e, draw in zip(examples, draws, strict=True)
+            ]
         kind = examples[0].kind
         if any(e.kind != kind for e in examples):
             kinds = sorted({e.kind for e in examples})
@@ -132,6 +140,24 @@ class Collator:
             strength=_column([e.strength for e in examples]),
             margin=_column([e.margin for e in examples]),
         )
+
+
+def cropped(example: Example, share: float, generator: torch.Generator) -> Example:
+    """The example without the oldest items of its history: a uniformly random number up to `share` of them.
+
+    Sessions that would see nothing are left out; where they all would, the example stays as it is.
+    """
+    drop = int(torch.rand((), generator=generator) * share * len(example.history))
+    kept = example.seen > drop
+    if not drop or not bool(kept.any()):
+        return example
+    return replace(
+        example,
+        history=example.history[drop:],
+        sessions=example.sessions[kept],
+        seen=example.seen[kept] - drop,
+        relevance=tuple(r for r, keep in zip(example.relevance, kept.tolist(), strict=False) if keep),
+    )
 
 
 @dataclass(frozen=True, slots=True)

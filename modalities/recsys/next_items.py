@@ -37,13 +37,15 @@ class SessionConfig:
 
     hold_out: each user's last event is kept for testing, and the one before for validation unless 'test':
     then that is learnt from, too, as the classical bars do, and there is no validation during training.
-    quality: of sessions that are learnt, the others are history alone; the paper leaves open whether all of
-    its conditions must hold or any: quality_rule.
+    crop: every epoch up to this share of a history's oldest items is left out, so that what is learnt does
+    not hang on how far back a history goes. quality: of sessions that are learnt, the others are history
+    alone; the paper leaves open whether all of its conditions must hold or any: quality_rule.
     """
 
     items: int = 1
     window: int = 100
     hold_out: Literal["validation_and_test", "test"] = "validation_and_test"
+    crop: float = 0.0
     quality: list[Quality] = field(default_factory=list)
     quality_rule: Literal["all", "any"] = "all"
 
@@ -51,6 +53,8 @@ class SessionConfig:
         for name, least in {"items": 1, "window": 2}.items():
             if getattr(self, name) < least:
                 raise ValueError(f"session.{name}={getattr(self, name)} must be at least {least}")
+        if not 0 <= self.crop < 1:
+            raise ValueError(f"session.crop={self.crop} must be in [0, 1)")
 
 
 def next_examples(events: Interactions, config: SessionConfig, *, every_position: bool) -> list[Example]:

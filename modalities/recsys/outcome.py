@@ -47,7 +47,11 @@ def trie_of(made: RecsysRun) -> Trie | None:
 def validation(made: RecsysRun, config: RecsysConfig) -> Callable[[nn.Module], Mapping[str, float]]:
     """Recall and NDCG of the validation items, as the training loop asks for them."""
     trie = trie_of(made)
-    users = _with(made.split.valid_U)[: config.evaluation.users or None]
+    users = _with(made.split.valid_U)
+    if config.evaluation.users:
+        # Spread over all: the first users of a file need not be like the others.
+        places = torch.linspace(0, len(users) - 1, min(config.evaluation.users, len(users))).long().unique()
+        users = [users[i] for i in places.tolist()]
     histories = [made.split.train.of(u) for u in users]
     targets = made.split.valid_U[users]
 

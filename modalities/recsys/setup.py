@@ -116,7 +116,7 @@ def set_up(
         vectors=vectors,
         id_table=table,
         split=split,
-        task=next_task(examples, terms, levels),
+        task=next_task(examples, terms, levels, crop=config.session.crop),
         base_hash=content_hash(policy),
         switches=switches,
         events=learnt,
@@ -153,14 +153,14 @@ def _tables(config: ModelConfig) -> Callable[[Sequence[TableSpec], int], nn.Modu
     return TorchrecTables
 
 
-def next_task(examples: list[Example], terms: Terms, levels: int) -> Task:
+def next_task(examples: list[Example], terms: Terms, levels: int, *, crop: float = 0.0) -> Task:
     """Next-session prediction on examples, every position with the same weight."""
     mean = sum(len(e.sessions) for e in examples) / len(examples)
     return Task(
         likelihood=SessionLikelihood(),
         terms=terms,
         references={},
-        collate=Collator(levels=levels, per_sample=mean),
+        collate=Collator(levels=levels, per_sample=mean, crop=crop),
         examples=examples,
         lengths=[e.cost for e in examples],
         sources=[e.source for e in examples],

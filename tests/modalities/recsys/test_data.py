@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from triptych.modalities.recsys import layouts
 from triptych.modalities.recsys.data import DataConfig, describe, load_interactions
 from triptych.modalities.recsys.interactions import Interactions, leave_one_out
 from triptych.training.quarantine import DataError, Quarantine
@@ -210,3 +211,63 @@ def test_movielens_has_the_known_counts_and_ties():
 def test_amazon_beauty_has_the_known_counts():
     events, *_ = load(SHARED / "amazon_beauty.inter.json")
     assert (len(events.users), len(events.items), len(events.item_E)) == (22_363, 12_101, 198_502)
+
+
+def test_columns_of_a_table_describe_items_and_users(tmp_path):
+    lines = [
+        "user,item,timestamp,Genre,city",
+        "a,x,3,war|love,Rome",
+        "a,y,1,,",
+        "b,x,5,ignored,Oslo",
+        "b,z,6,love,",
+    ]
+    options = {"item_features": ["genre"], "user_features": ["city"]}
+    events, _, _ = load(tmp_path / "mine.csv", lines, **options)
+    genre, city = events.item_features["genre"], events.user_features["city"]
+    assert dict(zip(events.items, genre.rows, strict=True)) == {"x": ["war", "love"], "y": [], "z": ["love"]}
+    # The first event in time order holds, which for a is the one without a city.
+    assert dict(zip(events.users, city.rows, strict=True)) == {"a": [], "b": ["Oslo"]}
+    assert events.fingerprint != load(tmp_path / "mine.csv")[0].fingerprint
+    assert not events.signals
+    with pytest.raises(DataError, match="no column for the feature colour; it has user, item"):
+        load(tmp_path / "mine.csv", item_features=["colour"])
+
+
+def test_movielens_brings_genres_and_persons(tmp_path):
+    (tmp_path / "u.data").write_text("1\t10\t4\t5\n1\t11\t3\t6\n2\t10\t3\t6\n")
+    (tmp_path / "u.genre").write_text("unknown|0\nAction|1\nWar|2\n\n")
+    (tmp_path / "u.item").write_text("10|Ten (1990)|01-Jan|||0|1|1\n11|Eleven (1991)|01-Jan|||0|0|1\n")
+    (tmp_path / "u.user").write_text("1|24|M|writer|85711\n2|53|F|other|94043\n")
+    events, _, _ = load(tmp_path)
+    assert events.item_features["genre"].rows == [["Action", "War"], ["War"]]
+    assert events.texts[0] == "Ten (1990). Action, War"
+    found = {name: feature.rows for name, feature in events.user_features.items()}
+    assert found == {
+        "gender": [["M"], ["F"]],
+        "age": [["20s"], ["50s"]],
+        "occupation": [["writer"], ["other"]],
+    }
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ROWS,
+        ["user,item,timestamp", "a,x,1", "", "b,y,2", ",,", "", "c,z,oops"],
+        ["user,item,timestamp,title", 'a,x,1,"two', 'lines, here"', "b,y,2,short", "b,z,3"],
+    ],
+)
+def test_the_fast_reader_reads_as_the_careful_one_does(tmp_path, monkeypatch, lines):
+    fast, first, _ = load(tmp_path / "mine.csv", lines)
+    read = layouts.pd.read_csv
+
+    def careful(*args, engine, **options):
+        if engine == "c":
+            raise layouts.pd.errors.ParserError("not this one")
+        return read(*args, engine=engine, **options)
+
+    monkeypatch.setattr(layouts.pd, "read_csv", careful)
+    slow, second, _ = load(tmp_path / "mine.csv")
+    assert named(fast) == named(slow)
+    assert fast.fingerprint == slow.fingerprint
+    assert first.summary() == second.summary()

@@ -1,11 +1,19 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from tiny_sessions import NUM_ITEMS, policy
 
-from triptych.modalities.recsys.likelihood import Collator, Example, SessionLikelihood, per_sample
+from triptych.modalities.recsys.likelihood import (
+    Collator,
+    Example,
+    SessionLikelihood,
+    cropped,
+    per_sample,
+)
 from triptych.objectives import LabelledLogLik, ListLogLik, LogLik, PairLogLik, build, with_reference
+from triptych.training.order import Draw
 
 
 def example(kind="pair", num=2, length=5, items=2, seed=0, **options):
@@ -136,3 +144,39 @@ def test_an_example_that_makes_no_sense_is_refused(options, message):
 def test_kinds_are_not_mixed():
     with pytest.raises(ValueError, match="one kind"):
         Collator(levels=3)([example("pair"), example("list")])
+
+
+def test_a_crop_leaves_out_the_oldest_items_and_sessions_that_would_see_nothing():
+    history = torch.arange(10)
+    seen = torch.tensor([1, 4, 10])
+    whole = Example(
+        id="a", source="a", kind="next", history=history, sessions=torch.tensor([[1], [4], [9]]), seen=seen
+    )
+    found = [cropped(whole, 0.9, torch.Generator().manual_seed(seed)) for seed in range(200)]
+    lengths = {len(e.history) for e in found}
+    assert lengths == set(range(2, 11))
+    for example in found:
+        dropped = 10 - len(example.history)
+        assert example.history.tolist() == history[dropped:].tolist()
+        assert example.seen.tolist() == [s - dropped for s in seen.tolist() if s > dropped]
+        assert example.sessions.flatten().tolist() == [1, 4, 9][-len(example.seen) :]
+    # The one session of this example sees one item, which stays.
+    short = replace(whole, sessions=torch.tensor([[1]]), seen=torch.tensor([1]))
+    assert all(cropped(short, 0.9, torch.Generator().manual_seed(s)) is short for s in range(9) if s)
+
+
+def test_every_epoch_crops_anew_and_the_same_epoch_alike():
+    whole = Example(
+        id="a",
+        source="a",
+        kind="next",
+        history=torch.arange(50),
+        sessions=torch.tensor([[49]]),
+        seen=torch.tensor([50]),
+    )
+    collate = Collator(levels=1, crop=0.8)
+    lengths = [
+        len(collate([whole], [Draw(index=0, epoch=0, seed=seed)]).history.values) for seed in (1, 2, 3, 1)
+    ]
+    assert lengths[0] == lengths[3]
+    assert len(set(lengths)) > 1
