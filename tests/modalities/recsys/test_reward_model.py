@@ -159,6 +159,13 @@ def test_features_of_items_reach_items_and_histories():
     torch.testing.assert_close(after[1:], before[1:])
 
 
+def test_the_scale_of_features_does_not_count():
+    features = torch.randn(NUM_ITEMS, 5, generator=torch.Generator().manual_seed(0))
+    large, small = member(features=7 * features), member(features=0.1 * features)
+    torch.testing.assert_close(large(HISTORY, ITEMS), small(HISTORY, ITEMS))
+    assert float(large.get_buffer("features_IF").square().mean()) == pytest.approx(1.0)
+
+
 def test_members_differ_by_seed_and_their_scores_have_a_deviation():
     made = ensemble(3, ScoringConfig(kind="one", tower="ltr"))
     scalars = made.scalars(made.probabilities(HISTORY, ITEMS, torch.arange(3)))
