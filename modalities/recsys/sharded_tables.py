@@ -6,6 +6,9 @@ is data-parallel and has an optimiser of its own, over `dense_parameters`. A gra
 torchrec is imported when something here is used. T values looked up in all, D width.
 """
 
+# torchrec is optional: without it these imports are not there to be checked.
+# pyright: reportMissingImports=false
+
 from __future__ import annotations
 
 import logging
