@@ -42,6 +42,10 @@ class Config:
     make: TokeniseConfig = field(default_factory=TokeniseConfig)
     shown: int = 8
 
+    def __post_init__(self) -> None:
+        if self.shown < 0:
+            raise ValueError(f"shown={self.shown} must be at least 0")
+
 
 def run(config: Config) -> int:
     """Make the ids; returns the exit code."""
@@ -63,7 +67,10 @@ def run(config: Config) -> int:
         quarantine_counts=quarantine.counts,
         command=command_line(),
         versions=versions(),
+        trained=False,
     )
+    if quarantine.total:
+        print(quarantine.summary())
     print(f"ids: {folder / 'index.json'}\nreport: {path}")
     return 0
 

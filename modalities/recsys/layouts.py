@@ -78,15 +78,24 @@ def read_source(
         return Source(events=_letter(path), layout="LETTER / LC-Rec sequences")
     if name.endswith((".json", ".jsonl")):
         return _amazon(path, quarantine)
-    frame = pd.read_parquet(path) if name.endswith(".parquet") else _table(path)
-    events = events_of(frame, path, columns, quarantine, features=features)
+    frame, lines = (pd.read_parquet(path), None) if name.endswith(".parquet") else _table(path)
+    events = events_of(frame, path, columns, quarantine, lines=lines, features=features)
     return Source(events=events, layout="a table of events")
 
 
 def events_of(
-    frame: Frame, path: Path, columns: Columns, quarantine: Quarantine, *, features: Sequence[str] = ()
+    frame: Frame,
+    path: Path,
+    columns: Columns,
+    quarantine: Quarantine,
+    *,
+    lines: Sequence[int] | np.ndarray | None = None,
+    features: Sequence[str] = (),
 ) -> Frame:
-    """The columns of an event table by their usual names, bad rows left out and named by line."""
+    """The columns of an event table by their usual names, bad rows left out and named by line.
+
+    lines: of every row in the file; without, rows follow the header one by one.
+    """
     # RecBole writes a type after each name: user_id:token.
     named = {str(c).split(":")[0].strip().lower(): c for c in frame.columns}
     found: dict[str, Any] = {}
@@ -99,11 +108,12 @@ def events_of(
             raise DataError(f"has no column for {what}", source=str(path), remedy=remedy)
         if column is not None:
             found[what] = frame[column]
-    lines = np.asarray(frame.attrs.get("lines", np.arange(len(frame)) + 2))
+    numbers = np.arange(len(frame)) + 2 if lines is None else np.asarray(lines)
     events: Frame = pd.DataFrame({"user": _names(found["user"]), "item": _names(found["item"])})
     if "timestamp" in found:
         time = _numbers(found["timestamp"])
-        events["time"] = time / 1000 if len(time) and np.nanmedian(time) > 1e11 else time
+        known = time[~np.isnan(time)]
+        events["time"] = time / 1000 if len(known) and np.median(known) > 1e11 else time
     else:
         events["time"] = np.arange(len(events), dtype=np.float64)
     for what in ("rating", *(s for s in SIGNALS if s in named)):
@@ -132,7 +142,7 @@ def events_of(
             quarantine.add(
                 DataError(
                     text,
-                    source=f"{path}:{lines[place]}",
+                    source=f"{path}:{numbers[place]}",
                     field=what,
                     remedy="mend or remove the line",
                     preview=dict(frame.iloc[place]),
@@ -150,34 +160,27 @@ def _numbers(column: Frame) -> Frame:
 
 def _names(column: Frame) -> Frame:
     """Names as text; whole numbers that were read as floats (1.0, next to an empty cell) as whole numbers."""
-    text = column.astype("string").str.strip()
+    # A name stands in many rows and is mended once.
+    places, names = pd.factorize(column.astype("string"))
+    text: Any = pd.Series(names).str.strip()
     text = text.str.replace(r"^(-?\d+)\.0+$", r"\1", regex=True)
-    return text.mask(text == "").astype(object)
+    mended = np.append(text.mask(text == "").astype(object).to_numpy(), np.nan)
+    return pd.Series(mended[places], index=column.index, dtype=object)
 
 
-def _table(path: Path) -> Frame:
-    """A CSV or TSV file with a header; the separator is that of the header."""
+def _table(path: Path) -> tuple[Frame, np.ndarray]:
+    """A CSV or TSV file with a header, and the line of every row; the separator is that of the header."""
     opened = gzip.open if path.name.endswith(".gz") else open
     with opened(path, "rt", encoding="utf-8", errors="replace") as file:
         header = file.readline()
     if not header.strip():
         raise DataError("is empty", source=str(path), remedy="give a table of user, item and timestamp")
     separator = max("\t,;|", key=header.count)
-    skipped: list[list[str]] = []
-
-    def odd(row: list[str]) -> None:
-        skipped.append(row)
-
-    read: Any = pd.read_csv
-    settings = {"sep": separator, "dtype": str, "skip_blank_lines": False}
     try:
-        frame = read(path, engine="c", **settings)
-        regular = isinstance(frame.index, pd.RangeIndex)
-    except (pd.errors.ParserError, UnicodeDecodeError):
-        regular = False
-    if not regular:
-        # The slow engine can say which line is wrong.
-        frame = read(path, engine="python", on_bad_lines=odd, encoding_errors="replace", **settings)
+        frame, skipped = _rows(path, separator)
+    except UnicodeDecodeError:
+        # Bytes replaced would make one name of several.
+        raise DataError("is not UTF-8 text", source=str(path), remedy="convert it to UTF-8") from None
     if skipped:
         preview = separator.join(skipped[0])
         raise DataError(
@@ -186,10 +189,30 @@ def _table(path: Path) -> Frame:
             remedy="quote them",
             preview=preview,
         )
-    blank = frame.isna().all(axis=1)
-    kept = frame[~blank].reset_index(drop=True)
-    kept.attrs["lines"] = (np.flatnonzero(~blank) + 2).tolist()
-    return kept
+    blank = frame.isna().all(axis=1).to_numpy()
+    lines = np.flatnonzero(~blank) + 2
+    return (frame[~blank].reset_index(drop=True) if blank.any() else frame), lines
+
+
+def _rows(path: Path, separator: str) -> tuple[Frame, list[list[str]]]:
+    """The rows of a table as text, and those with more fields than the header.
+
+    By the fast engine where the file is regular; the slow one can say which rows are not.
+    """
+    read: Any = pd.read_csv
+    settings = {"sep": separator, "dtype": str, "skip_blank_lines": False}
+    try:
+        frame = read(path, engine="c", **settings)
+        if isinstance(frame.index, pd.RangeIndex):
+            return frame, []
+    except pd.errors.ParserError:
+        pass
+    skipped: list[list[str]] = []
+
+    def odd(row: list[str]) -> None:
+        skipped.append(row)
+
+    return read(path, engine="python", on_bad_lines=odd, **settings), skipped
 
 
 def _movielens_package() -> Source:
@@ -242,8 +265,9 @@ def _folder(path: Path, columns: Columns, quarantine: Quarantine) -> Source:
     if (path / "u.data").is_file():
         names = ["user", "item", "rating", "timestamp"]
         frame = pd.read_csv(path / "u.data", sep="\t", names=names, dtype=str)
-        frame.attrs["lines"] = list(range(1, len(frame) + 1))
-        events, titles, texts, genre = events_of(frame, path / "u.data", {}, quarantine), {}, {}, {}
+        lines = np.arange(len(frame)) + 1
+        events = events_of(frame, path / "u.data", {}, quarantine, lines=lines)
+        titles, texts, genre = {}, {}, {}
         if (path / "u.item").is_file():
             names = [line.split("|")[0] for line in _lines(path / "u.genre", "latin-1") if line]
             for line in _lines(path / "u.item", "latin-1"):
@@ -266,11 +290,11 @@ def _folder(path: Path, columns: Columns, quarantine: Quarantine) -> Source:
     if (path / "ratings.dat").is_file():
         rows = [line.split("::") for line in (path / "ratings.dat").read_text("latin-1").splitlines()]
         frame = pd.DataFrame(rows, columns=["user", "item", "rating", "timestamp"])
-        frame.attrs["lines"] = list(range(1, len(frame) + 1))
+        lines = np.arange(len(frame)) + 1
         films = [line.split("::") for line in _lines(path / "movies.dat", "latin-1")]
         persons = [line.split("::") for line in _lines(path / "users.dat", "latin-1")]
         return Source(
-            events=events_of(frame, path / "ratings.dat", {}, quarantine),
+            events=events_of(frame, path / "ratings.dat", {}, quarantine, lines=lines),
             layout="MovieLens 1M",
             titles={f[0]: f[1] for f in films if len(f) == 3},
             texts={f[0]: f"{f[1]}. {f[2].replace('|', ', ')}" for f in films if len(f) == 3},
@@ -328,7 +352,6 @@ def _amazon(path: Path, quarantine: Quarantine) -> Source:
     if not rows:
         raise DataError("holds no reviews", source=str(path), remedy=quarantine.summary())
     frame = pd.DataFrame(rows)
-    frame.attrs["lines"] = lines
     layout = "Amazon 2023" if "parent_asin" in frame else "Amazon 2014"
     titles, texts, brands = {}, {}, {}
     for meta in sorted(path.parent.glob(f"meta_{path.name.removeprefix('reviews_').split('.')[0]}*")):
@@ -339,7 +362,7 @@ def _amazon(path: Path, quarantine: Quarantine) -> Source:
             if brand := row.get("brand") or row.get("store"):
                 brands[item] = [str(brand)]
     return Source(
-        events=events_of(frame, path, {}, quarantine),
+        events=events_of(frame, path, {}, quarantine, lines=lines),
         layout=layout,
         titles=titles,
         texts=texts,

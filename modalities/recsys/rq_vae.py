@@ -37,6 +37,8 @@ class RqVaeConfig:
         for name in ("latent", "num_epochs", "batch_size", "lr", "restart_every"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"ids.make.rq_vae.{name}={getattr(self, name)} must be positive")
+        if any(width < 1 for width in self.hidden):
+            raise ValueError(f"ids.make.rq_vae.hidden={list(self.hidden)}: every width must be positive")
         if self.commitment < 0 or self.weight_decay < 0:
             raise ValueError("ids.make.rq_vae.commitment and weight_decay must be 0 or positive")
 
@@ -90,7 +92,10 @@ class RqVae(nn.Module):
 
     @torch.no_grad()
     def place_codes(self, x_BD: Tensor, generator: torch.Generator) -> None:
-        """Codebooks by residual k-means over the encoder's outputs, against collapse, as TIGER does."""
+        """Codebooks by residual k-means over the encoder's outputs, against collapse.
+
+        Over the items given, where TIGER takes the first batch: that may hold fewer items than codes.
+        """
         residual_BZ = self.encoder(x_BD).double()
         for book_KZ in self.books:
             found = kmeans(residual_BZ, len(book_KZ), generator, 20)
@@ -121,8 +126,9 @@ def rq_vae(
 ) -> tuple[Tensor, list[Codebook], list[Tensor]]:
     """Codes [I, L], every level's codebook in the latent space, and the vectors decoded after each level.
 
-    Vectors are centred and scaled to unit variance for training, and decoded ones scaled back. ValueError for
-    vectors that are not finite or more codes than items.
+    Vectors are centred and scaled to unit variance for training, and decoded ones scaled back. progress: is
+    told the number of epochs done. ValueError for vectors that are not finite, more codes than items, or a
+    loss that is no longer finite.
     """
     if bool((~torch.isfinite(vectors_ID)).any()):
         odd = int((~torch.isfinite(vectors_ID)).any(1).nonzero()[0, 0])
@@ -135,7 +141,8 @@ def rq_vae(
     x_ID = (vectors_ID.float() - mean_D) / scale
     seed = int(torch.randint(2**31, (1,), generator=generator))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        # `torch.manual_seed` would seed the accelerators too, whose generators are not put back.
+        torch.default_generator.manual_seed(seed)
         model = RqVae(x_ID.shape[1], num_codes=num_codes, levels=levels, config=config)
         _fit(model, x_ID, generator, config, progress)
     with torch.no_grad():
@@ -164,7 +171,13 @@ def _fit(
         order = torch.randperm(len(x_ID), generator=generator)
         for rows in order.split(config.batch_size):
             optimizer.zero_grad()
-            model.loss(x_ID[rows]).backward()
+            loss = model.loss(x_ID[rows])
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(
+                    f"the loss of the RQ-VAE is not finite in epoch {epoch + 1}: lower "
+                    f"ids.make.rq_vae.lr={config.lr}"
+                )
+            loss.backward()
             optimizer.step()
         if (epoch + 1) % config.restart_every == 0 and epoch < last_restart:
             model.restart(x_ID)

@@ -249,6 +249,65 @@ def test_movielens_brings_genres_and_persons(tmp_path):
     }
 
 
+def test_a_regular_table_is_never_given_to_the_slow_engine(tmp_path, monkeypatch):
+    read, engines = layouts.pd.read_csv, []
+
+    def noted(*args, engine, **options):
+        engines.append(engine)
+        return read(*args, engine=engine, **options)
+
+    monkeypatch.setattr(layouts.pd, "read_csv", noted)
+    load(tmp_path / "mine.csv", ["user,item,timestamp", "a,x,1", "", 'b,"y, z",2', "c,w"])
+    assert engines == ["c"]
+    with pytest.raises(DataError, match="has lines with more fields than its header"):
+        load(tmp_path / "odd.csv", ["user,item,timestamp", "a,x,1", "b,y,2,one too many"])
+    assert engines == ["c", "c", "python"]
+
+
+def test_rows_that_all_have_one_field_too_many_are_treated_as_by_the_slow_engine(tmp_path):
+    # Pandas takes a first field beyond the header for an index; the columns shift by one.
+    events, *_ = load(tmp_path / "mine.csv", ["user,item,timestamp", "0,a,x,1", "1,a,y,2"])
+    assert named(events) == {"a": ["x", "y"]}
+
+
+def test_blank_lines_count_wherever_they_are(tmp_path):
+    lines = ["user,item,timestamp", "", "", "a,x,1", "", ",y,2", ",,", "b,,3", "", ""]
+    _, quarantine, _ = load(tmp_path / "mine.csv", lines)
+    assert quarantine.counts == {"is empty": 2}
+    assert "mine.csv:6" in quarantine.summary()
+    listed = Quarantine(tmp_path / "left_out.jsonl")
+    load_interactions(DataConfig(source=str(tmp_path / "mine.csv")), quarantine=listed, report=print)
+    written = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    assert [(w["line"], w["field"]) for w in written] == [(6, "user"), (8, "item")]
+
+
+def test_a_table_that_is_not_utf8_is_refused_as_its_names_would_run_into_one(tmp_path):
+    for rows in (b"a,Am\xe9lie,1\na,Am\xe8lie,2\n", b"a,Am\xe9lie,1\na,x,2,3\n"):
+        (tmp_path / "mine.csv").write_bytes(b"user,item,timestamp\n" + rows)
+        with pytest.raises(DataError, match=r"mine\.csv: is not UTF-8 text; convert it to UTF-8"):
+            load(tmp_path / "mine.csv")
+
+
+def test_names_are_mended_one_by_one_whatever_a_column_holds():
+    column = layouts.pd.Series([1, True, 1.0, " a ", "7.00", "", None, "1", "-2.0"], index=range(5, 14))
+    found = layouts._names(column)
+    assert found.index.tolist() == list(range(5, 14))
+    assert found[found.notna()].tolist() == ["1", "True", "1", "a", "7", "1", "-2"]
+    assert found.isna().to_numpy().nonzero()[0].tolist() == [5, 6]
+
+
+def test_a_parquet_table_with_its_own_index_keeps_rows_together(tmp_path):
+    frame = layouts.pd.DataFrame(
+        {"user": ["a", "a", "b"], "item": ["x", "y", "z"], "timestamp": [2, 1, 3], "genre": ["p", "q", "r"]},
+        index=[7, 3, 9],
+    )
+    frame.to_parquet(tmp_path / "mine.parquet")
+    events, *_ = load(tmp_path / "mine.parquet", item_features=["genre"])
+    assert named(events) == {"a": ["y", "x"], "b": ["z"]}
+    genre = dict(zip(events.items, events.item_features["genre"].rows, strict=True))
+    assert genre == {"x": ["p"], "y": ["q"], "z": ["r"]}
+
+
 @pytest.mark.parametrize(
     "lines",
     [

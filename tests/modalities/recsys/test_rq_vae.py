@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from triptych.modalities.recsys.rq_vae import RqVae, RqVaeConfig, relative_error, rq_vae
+from triptych.modalities.recsys.rq_vae import RqVae, RqVaeConfig, _fit, relative_error, rq_vae
 from triptych.modalities.recsys.tokenise import TokeniseConfig
 
 QUICK = RqVaeConfig(hidden=(16,), latent=8, num_epochs=60, batch_size=64, restart_every=10)
@@ -58,7 +58,7 @@ def test_clusters_are_found_with_all_codes_in_use_and_more_exactly_by_every_leve
     codes, books, decoded = made(vectors)
     assert codes.shape == (200, 3)
     for level, book in enumerate(books):
-        assert len(codes[:, level].unique()) >= 6
+        assert codes[:, level].unique().tolist() == list(range(8))
         assert torch.equal(book.labels_I, codes[:, level])
     errors = [relative_error(vectors, d) for d in decoded]
     assert errors[0] < 0.4
@@ -68,6 +68,56 @@ def test_clusters_are_found_with_all_codes_in_use_and_more_exactly_by_every_leve
     cluster = torch.arange(200) % 8
     for code in codes.unique(dim=0):
         assert len(cluster[(codes == code).all(1)].unique()) == 1
+
+
+def test_training_lowers_the_loss_and_the_error_that_untrained_layers_leave():
+    vectors, losses = clusters(), []
+    x = (vectors - vectors.mean(0)) / (vectors - vectors.mean(0)).square().mean().sqrt()
+    torch.manual_seed(0)
+    model = RqVae(12, num_codes=8, levels=3, config=QUICK)
+    generator = torch.Generator().manual_seed(0)
+    model.place_codes(x, generator)
+    before = float(model.loss(x))
+    _fit(model, x, generator, QUICK, lambda epoch: losses.append(float(model.loss(x).detach())))
+    assert len(losses) == QUICK.num_epochs
+    assert losses[-1] < losses[29] < losses[0] < before
+    assert losses[-1] < 0.2 * before
+
+
+def test_learnt_codes_describe_items_far_better_than_codes_at_random():
+    vectors = clusters()
+    learnt = relative_error(vectors, made(vectors)[2][-1])
+    # Codebooks of vectors drawn at random from the items, the nearest taken, level by level.
+    generator = torch.Generator().manual_seed(5)
+    residual = vectors.clone()
+    for scale in (1.0, 0.5, 0.25):
+        book = scale * vectors.std() * torch.randn(8, 12, generator=generator)
+        residual = residual - book[torch.cdist(residual, book).argmin(1)]
+    assert learnt < 0.3 * relative_error(vectors, vectors - residual)
+
+
+def test_epochs_are_told_as_they_end():
+    told = []
+    config = RqVaeConfig(hidden=(4,), latent=2, num_epochs=3)
+    generator = torch.Generator().manual_seed(0)
+    rq_vae(clusters(), num_codes=4, levels=1, generator=generator, config=config, progress=told.append)
+    assert told == [1, 2, 3]
+
+
+def test_generators_of_accelerators_are_not_seeded(monkeypatch):
+    # They are not put back afterwards, and the CPU's is all that is drawn from.
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    made(clusters(), config=RqVaeConfig(hidden=(), latent=2, num_epochs=1))
+    assert seeded == []
+
+
+def test_a_loss_that_is_no_longer_finite_stops_with_what_to_lower():
+    config = RqVaeConfig(hidden=(16,), latent=8, num_epochs=60, lr=1e18)
+    with pytest.raises(
+        ValueError, match=r"the loss of the RQ-VAE is not finite .* ids\.make\.rq_vae\.lr=1e\+18"
+    ):
+        made(clusters(), config=config)
 
 
 def test_the_same_generator_gives_the_same_ids_and_leaves_the_global_one_alone():
@@ -95,6 +145,8 @@ def test_what_cannot_be_is_refused():
         made(clusters(), num_codes=300)
     with pytest.raises(ValueError, match=r"ids\.make\.rq_vae\.latent=0"):
         RqVaeConfig(latent=0)
+    with pytest.raises(ValueError, match=r"ids\.make\.rq_vae\.hidden=\[16, 0\]"):
+        RqVaeConfig(hidden=(16, 0))
     with pytest.raises(ValueError, match="is of method rq_vae, not of balanced"):
         TokeniseConfig(rq_vae=RqVaeConfig())
     with pytest.raises(ValueError, match=r"labels=nearest: the codes of rq_vae"):
