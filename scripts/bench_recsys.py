@@ -22,6 +22,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from dataclasses import fields
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -212,11 +213,14 @@ def as_transformers(
             decoder_input_ids: Tensor | None = None,
             encoder_outputs: Any = None,
             past_key_values: EncoderDecoderCache | None = None,
+            cache: EncoderDecoderCache | None = None,
             **_: Any,
         ) -> Any:
             assert decoder_input_ids is not None
-            assert past_key_values is not None
-            cache, states = past_key_values, encoder_outputs.last_hidden_state
+            # transformers calls it `cache` from 5.24 on.
+            cache = past_key_values if cache is None else cache
+            states = encoder_outputs.last_hidden_state
+            assert cache is not None
             past = cache.get_seq_length()
             fresh = decoder_input_ids[:, past:] if decoder_input_ids.shape[1] > 1 else decoder_input_ids
             table = torch.cat([policy.begin_D[None], policy.codes.table.weight, policy.begin_D[None]])
@@ -233,7 +237,9 @@ def as_transformers(
             level = min(past, len(SIZES) - 1)
             first = int(starts[level])
             logits[..., first : first + SIZES[level]] = hidden @ policy.head(level).T
-            return Seq2SeqLMOutput(logits=logits, past_key_values=cache)  # type: ignore[arg-type]
+            made: Any = Seq2SeqLMOutput
+            names = {f.name for f in fields(Seq2SeqLMOutput)}
+            return made(logits=logits, **{"cache" if "cache" in names else "past_key_values": cache})
 
         def _cross(self, index: int, cache: EncoderDecoderCache, states: Tensor) -> Callable[..., Tensor]:
             from triptych.modalities.recsys.layers import attend, rotated

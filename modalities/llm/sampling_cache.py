@@ -6,8 +6,10 @@ Shapes: P prompts, T tokens of the longest one, K candidates of each, R = P * K 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -78,12 +80,21 @@ class Decoder:
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=None if self._mask is None else self._mask[:, : self._width],
-                past_key_values=self._cache,
                 use_cache=True,
+                **{cache_argument(type(lm.base_model)): self._cache},
             ).last_hidden_state[:, -1]
             head = lm.get_output_embeddings()
             raw = functional.linear(hidden, head.weight, getattr(head, "bias", None))
             return LogitMap(**logit_options(lm.config))(raw.to(accumulation_dtype(raw.dtype)))
+
+
+@cache
+def cache_argument(model: type) -> str:
+    """What a model's forward calls its key-value cache: 'cache' from transformers 5.24 on, before that
+    'past_key_values', and still so in models of other packages.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def _repeated(layer: Any, count: int, room: int) -> Any:

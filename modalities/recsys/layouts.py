@@ -202,17 +202,14 @@ def _rows(path: Path, separator: str) -> tuple[Frame, list[list[str]]]:
     read: Any = pd.read_csv
     settings = {"sep": separator, "dtype": str, "skip_blank_lines": False}
     try:
-        frame = read(path, engine="c", **settings)
-        if isinstance(frame.index, pd.RangeIndex):
-            return frame, []
+        return read(path, engine="c", **settings), []
     except pd.errors.ParserError:
-        pass
-    skipped: list[list[str]] = []
+        skipped: list[list[str]] = []
 
-    def odd(row: list[str]) -> None:
-        skipped.append(row)
+        def odd(row: list[str]) -> None:
+            skipped.append(row)
 
-    return read(path, engine="python", on_bad_lines=odd, **settings), skipped
+        return read(path, engine="python", on_bad_lines=odd, **settings), skipped
 
 
 def _movielens_package() -> Source:

@@ -163,7 +163,11 @@ def _fit(
     config: RqVaeConfig,
     progress: Callable[[int], None],
 ) -> None:
-    """Epochs over shuffled items; the last tenth without restarts."""
+    """Epochs over shuffled items, the last tenth without restarts; codes then still unused move once more.
+
+    No such move raises the error of its level. One can leave another code unused: hence again, within
+    bounds, as items that are all the same never use all codes.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     model.place_codes(x_ID, generator)
     last_restart = config.num_epochs * 9 // 10
@@ -182,6 +186,9 @@ def _fit(
         if (epoch + 1) % config.restart_every == 0 and epoch < last_restart:
             model.restart(x_ID)
         progress(epoch + 1)
+    for _ in range(10):
+        if not model.restart(x_ID):
+            break
 
 
 def _layers(widths: Sequence[int]) -> nn.Sequential:

@@ -12,6 +12,7 @@ from triptych.modalities.llm.model import LoraSettings, ModelConfig, adapt
 from triptych.modalities.llm.policy import TokenPolicy
 from triptych.modalities.llm.rows import RowCost, make_rows
 from triptych.modalities.llm.sampling import Blend, Drawing, draw
+from triptych.modalities.llm.sampling_cache import cache_argument
 from triptych.training.references import AdapterOff, FrozenCopy
 
 NUMBERS = np.random.default_rng(0)
@@ -332,3 +333,16 @@ def test_prompts_that_cannot_be_continued_are_refused(policy):
     with pytest.raises(ValueError, match="5 prompts need as many seeds, not 1"):
         drawn(policy, seeds=[1])
     assert drawn(policy, [], seeds=[]) == []
+
+
+def test_the_cache_goes_by_the_name_that_the_model_gives_it():
+    class New:
+        def forward(self, input_ids, cache=None):
+            pass
+
+    class Old:
+        def forward(self, input_ids, past_key_values=None):
+            pass
+
+    assert cache_argument(New) == "cache"
+    assert cache_argument(Old) == "past_key_values"

@@ -264,12 +264,6 @@ def test_a_regular_table_is_never_given_to_the_slow_engine(tmp_path, monkeypatch
     assert engines == ["c", "c", "python"]
 
 
-def test_rows_that_all_have_one_field_too_many_are_treated_as_by_the_slow_engine(tmp_path):
-    # Pandas takes a first field beyond the header for an index; the columns shift by one.
-    events, *_ = load(tmp_path / "mine.csv", ["user,item,timestamp", "0,a,x,1", "1,a,y,2"])
-    assert named(events) == {"a": ["x", "y"]}
-
-
 def test_blank_lines_count_wherever_they_are(tmp_path):
     lines = ["user,item,timestamp", "", "", "a,x,1", "", ",y,2", ",,", "b,,3", "", ""]
     _, quarantine, _ = load(tmp_path / "mine.csv", lines)
@@ -313,6 +307,7 @@ def test_a_parquet_table_with_its_own_index_keeps_rows_together(tmp_path):
     [
         ROWS,
         ["user,item,timestamp", "a,x,1", "", "b,y,2", ",,", "", "c,z,oops"],
+        ["user,item,timestamp", "0,a,x,1", "", "1,a,y,2", "b,z"],
         ["user,item,timestamp,title", 'a,x,1,"two', 'lines, here"', "b,y,2,short", "b,z,3"],
     ],
 )

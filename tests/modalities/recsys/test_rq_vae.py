@@ -77,11 +77,11 @@ def test_training_lowers_the_loss_and_the_error_that_untrained_layers_leave():
     model = RqVae(12, num_codes=8, levels=3, config=QUICK)
     generator = torch.Generator().manual_seed(0)
     model.place_codes(x, generator)
-    before = float(model.loss(x))
+    before = float(model.loss(x).detach())
     _fit(model, x, generator, QUICK, lambda epoch: losses.append(float(model.loss(x).detach())))
     assert len(losses) == QUICK.num_epochs
     assert losses[-1] < losses[29] < losses[0] < before
-    assert losses[-1] < 0.2 * before
+    assert losses[-1] < 0.4 * before
 
 
 def test_learnt_codes_describe_items_far_better_than_codes_at_random():
@@ -128,6 +128,19 @@ def test_the_same_generator_gives_the_same_ids_and_leaves_the_global_one_alone()
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.rand(5)
     assert torch.equal(first, made(vectors)[0])
+
+
+@pytest.mark.parametrize("seed", [2, 4, 6])
+def test_no_code_is_left_unused_at_the_end_of_training(seed):
+    codes, *_ = made(clusters(), seed=seed)
+    assert [len(codes[:, level].unique()) for level in range(3)] == [8, 8, 8]
+
+
+def test_items_that_are_all_the_same_end_with_the_same_code():
+    codes, books, decoded = made(torch.ones(9, 2), num_codes=3, levels=2)
+    assert len(codes.unique(dim=0)) == 1
+    assert all(bool(torch.isfinite(b.centroids_KD).all()) for b in books)
+    assert torch.allclose(decoded[-1], torch.ones(9, 2), atol=1e-4)
 
 
 def test_codes_that_nobody_uses_are_moved_to_where_items_are():
