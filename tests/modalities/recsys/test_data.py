@@ -145,6 +145,24 @@ def test_movielens_folders_are_told_by_their_files(tmp_path):
     assert "Horror, Sci-Fi" in " ".join(load(tmp_path / "million")[0].texts)
 
 
+def test_files_without_a_header_name_their_bad_lines_from_one(tmp_path):
+    for name in ("old", "million"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "old" / "u.data").write_text("1\t10\t5\t200\n1\t11\t3\tsoon\n")
+    (tmp_path / "million" / "ratings.dat").write_text("1::10::5::200\n1::11::3::soon\n")
+    reviews = [{"reviewerID": "u", "asin": a, "overall": 5.0, "unixReviewTime": 1} for a in ("B1", "")]
+    text = "\n\n".join(map(json.dumps, reviews)) + "\n"
+    (tmp_path / "reviews_Toys.json").write_text(text)
+    for path, where in (
+        ("old", "u.data:2"),
+        ("million", "ratings.dat:2"),
+        ("reviews_Toys.json", "reviews_Toys.json:3"),
+    ):
+        _, quarantine, _ = load(tmp_path / path)
+        assert quarantine.total == 1
+        assert f"{where})" in quarantine.summary()
+
+
 def test_amazon_reviews_of_both_times_are_read_with_their_metadata(tmp_path):
     old = [{"reviewerID": "u", "asin": "B1", "overall": 5.0, "unixReviewTime": 10}]
     with gzip.open(tmp_path / "reviews_Toys.json.gz", "wt") as file:
