@@ -51,11 +51,12 @@ class Group:
 
     context, candidates: the modality's own records. key: names the context in the run's randomness and in
     messages. mask: [K, U] bool, the units that a policy chose; False for padding and for what others put in
-    between (the prompt of a second turn). logp: log-prob of each unit under the policy that drew it, [K, U],
-    0 where the mask is False; None for data and beams. proposal: log-prob of each candidate under the
-    distribution that really drew it, [K], where that is not the policy itself (a reference, a blend).
-    origin: [K] names of where candidates come from. depth: place in a tree or a sequence of steps; groups
-    of one context share their key. turn: [K, U] number of the turn a unit belongs to, from 0.
+    between (the prompt of a second turn). logp: log-prob of each unit under the policy that drew it, or found
+    it by a search (origin 'beam', no sample of it), [K, U], 0 where the mask is False; None for data.
+    proposal: log-prob of each candidate under the distribution that really drew it, [K], where that is not
+    the policy itself (a reference, a blend). origin: [K] names of where candidates come from. depth: place in
+    a tree or a sequence of steps; groups of one context share their key. turn: [K, U] number of the turn a
+    unit belongs to, from 0.
     ref, value: per unit, [K, U], filled by the loop for judges and shapes that ask for them.
     """
 
@@ -103,7 +104,7 @@ class Group:
         """Log-prob of each candidate under what drew it, [K]; ValueError where nothing was drawn."""
         if self.proposal is not None:
             return self.proposal
-        if self.logp is None:
+        if self.logp is None or "beam" in self.origin:
             raise ValueError(
                 f"group {self.key} has no log-probs of drawing: its candidates are data or beams"
             )

@@ -36,7 +36,7 @@ def remember(
             table, own = (g.ref, range(g.size)) if slot == main_slot(part) else (None, range(0))
             if table is None and slot == "stage" and as_drawn:
                 # Units that others put in between have no log-prob of drawing; they count nothing either.
-                table, own = g.logp, [i for i in range(g.size) if g.origin[i] == "policy"]
+                table, own = g.logp, [i for i in range(g.size) if g.origin[i] in ("policy", "beam")]
             if table is None or not len(own):
                 continue
             names = [live.port.key(g.context, g.candidates[i]) for i in own]

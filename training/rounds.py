@@ -139,7 +139,8 @@ def _one_round(rounds: Rounds, session: Session, state: RoundState, spot: Spot) 
         begin_round(stage, state, live, spot)
         state.groups = [_judged(rounds, stage, part, live, session) for part in stage.parts]
         # Of the round's first step: a run killed before its checkpoint draws again, and so writes this again.
-        values = _describe(state.groups[0], live) | dict(rounds.observe(state.groups[0]))
+        shown = next((i for i, part in enumerate(stage.parts) if part.judge is not None), 0)
+        values = _describe(state.groups[shown], live) | dict(rounds.observe(state.groups[shown]))
         session.write("train", values, step=learner.step + 1)
     groups = [state.groups[0] + [g for old in state.past for g in old], *state.groups[1:]]
     seed = key("rounds", live.seed, spot.stage, spot.round)
@@ -289,7 +290,7 @@ def _task(
 
 
 def _describe(groups: Sequence[Group], live: Live) -> dict[str, float]:
-    """Metrics of a round's judged groups."""
+    """Metrics of the groups of one part, the first that has a judge."""
     counts = torch.cat([g.count for g in groups]) if groups else torch.zeros(1)
     found = {"round/groups": float(len(groups)), "length": float(counts.mean())}
     scored = [g for g in groups if {"score", "preference"} & g.verdict.given()]
@@ -300,7 +301,7 @@ def _describe(groups: Sequence[Group], live: Live) -> dict[str, float]:
             "reward_best": float(torch.stack([s.max() for s in scores]).mean()),
             "reward_std": float(torch.stack([s.std(correction=0) for s in scores]).mean()),
         }
-    with_ref = [g for g in groups if g.ref is not None and g.logp is not None]
+    with_ref = [g for g in groups if g.ref is not None and g.logp is not None and "beam" not in g.origin]
     if with_ref:
         kls = [torch.where(g.mask, g.logp - g.ref, 0.0).sum(-1) for g in with_ref]  # type: ignore[operator]
         found["kl"] = float(torch.cat(kls).mean())

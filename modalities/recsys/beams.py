@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal, Protocol
 
 import torch
@@ -39,20 +39,31 @@ class Beams:
     """Sessions found for each user, best first. Where a user has fewer than W: -1, and a log-prob of -inf.
 
     items_UWm: int64. logp_UW: float32, falling. codes_UWmL: semantic ids. leaves_UWm: the same as leaves of
-    the trie.
+    the trie. terms_UWS: log-prob of every code over its whole codebook, S = m L; 0 where there is no session.
     """
 
     items_UWm: Tensor
     logp_UW: Tensor
     codes_UWmL: Tensor
     leaves_UWm: Tensor
+    terms_UWS: Tensor
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Beams:
+        """The same with every tensor changed."""
+        return Beams(**{f.name: change(getattr(self, f.name)) for f in fields(self)})
+
+
+def joined(parts: Sequence[Beams]) -> Beams:
+    """The sessions of several groups of users, one group below the other."""
+    return Beams(**{f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Beams)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rows:
     """Unfinished sessions. parents, codes: what the decoding is fed next, [U, W]. node: prefix of the item at
-    hand. leaves: finished items, [U, W, j]. logp: over whole codebooks. legal: over legal codes, where asked
-    for. keys: what rows are chosen by, -inf for a row that is none.
+    hand. leaves: finished items, [U, W, j]. logp: over whole codebooks, and terms: of each code so far,
+    [U, W, codes]. legal: over legal codes, where asked for. keys: what rows are chosen by, -inf for a row
+    that is none.
     """
 
     parents: Tensor
@@ -60,6 +71,7 @@ class Rows:
     nodes: Tensor
     leaves: Tensor
     logp: Tensor
+    terms: Tensor
     legal: Tensor | None
     keys: Tensor
 
@@ -68,8 +80,13 @@ class Rows:
         cut = {n: getattr(self, n)[:, start:stop] for n in _ROW_FIELDS}
         return Rows(**cut, legal=None if self.legal is None else self.legal[:, start:stop])
 
+    def repeated(self, num: int) -> Rows:
+        """Every user's only row, `num` times."""
+        wide = {n: getattr(self, n).expand(-1, num, *[-1] * (getattr(self, n).ndim - 2)) for n in _ROW_FIELDS}
+        return Rows(**wide, legal=None if self.legal is None else self.legal.expand(-1, num))
 
-_ROW_FIELDS = ("parents", "codes", "nodes", "leaves", "logp", "keys")
+
+_ROW_FIELDS = ("parents", "codes", "nodes", "leaves", "logp", "terms", "keys")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +139,7 @@ class Rules:
             logp_UW=widened(logp, spare, -math.inf),
             codes_UWmL=widened(trie.codes(leaves).masked_fill(none_UW1.unsqueeze(-1), -1), spare, -1),
             leaves_UWm=widened(leaves.masked_fill(none_UW1, -1), spare, -1),
+            terms_UWS=widened(rows.terms.masked_fill(none_UW1, 0.0), spare, 0.0),
         )
 
 
@@ -257,12 +275,15 @@ def chosen(
     nodes = children.firsts.gather(1, parents) + picks - children.starts.gather(1, parents)
     nodes = torch.where(alive, nodes, 0)
     leaves = rows.leaves.gather(1, parents.unsqueeze(-1).expand(-1, -1, rows.leaves.shape[-1]))
+    terms = rows.terms.gather(1, parents.unsqueeze(-1).expand(-1, -1, rows.terms.shape[-1]))
+    logp = logp_UM.gather(1, picks)
     return Rows(
         parents=parents,
         codes=trie.levels[level].codes[nodes],
         nodes=nodes,
         leaves=leaves,
-        logp=logp_UM.gather(1, picks),
+        logp=logp,
+        terms=torch.cat([terms, (logp - rows.logp.gather(1, parents)).unsqueeze(-1)], -1),
         legal=None if legal_UM is None else legal_UM.gather(1, picks),
         keys=keys,
     )
@@ -278,6 +299,7 @@ def _roots(logp_UWK: Tensor, legal: bool) -> Rows:
         nodes=zero,
         leaves=zero.new_zeros(users, 1, 0),
         logp=score,
+        terms=score.new_zeros(users, 1, 0),
         legal=score if legal else None,
         keys=score,
     )

@@ -130,7 +130,7 @@ class Collator:
             sessions=Sessions(
                 items=items, user=user, seen=torch.cat([e.seen for e in examples]), most=max(numbers)
             ),
-            keys=tuple(key for e in examples for key in _keys(e)),
+            keys=tuple(k for e in examples for k in _keys(e)),
             ids=tuple(e.id for e in examples),
             counts=(items >= 0).sum(-1).float() * self.levels,
             slots=slots,
@@ -213,14 +213,15 @@ def _widened(sessions: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(sessions, (0, length - sessions.shape[1]), value=-1)
 
 
+def candidate_key(user: int, history: Tensor, session: Tensor) -> str:
+    """SHA-256 of what is scored: the user, the history that is seen, and the session's items."""
+    items = [i for i in session.tolist() if i >= 0]
+    return hashlib.sha256(f"{user}\x1f{history.tolist()}\x1f{items}".encode()).hexdigest()
+
+
 def _keys(example: Example) -> list[str]:
-    """SHA-256 of what is scored: the user, the history as far as it is seen, and the session's items."""
-    found = []
-    for session, seen in zip(example.sessions.tolist(), example.seen.tolist(), strict=True):
-        items = [i for i in session if i >= 0]
-        text = f"{example.user}\x1f{example.history[:seen].tolist()}\x1f{items}"
-        found.append(hashlib.sha256(text.encode()).hexdigest())
-    return found
+    rows = zip(example.sessions, example.seen.tolist(), strict=True)
+    return [candidate_key(example.user, example.history[:seen], session) for session, seen in rows]
 
 
 def _slots(numbers: Sequence[int]) -> tuple[Tensor, Tensor]:

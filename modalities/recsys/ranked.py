@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from triptych.modalities.recsys.beams import Beams, beam_search
+from triptych.modalities.recsys.beams import Beams, beam_search, joined
 from triptych.modalities.recsys.beams import ranked_items as items_of_beams
 from triptych.modalities.recsys.classical import BARS
 from triptych.modalities.recsys.decoding import begin
@@ -80,8 +80,7 @@ def sessions_of(
                 beam_search(begin(policy, history), trie, width=width, num_items=num_items, within=unwanted)
             )
             progress(start + len(rows))
-    names = ("items_UWm", "logp_UW", "codes_UWmL", "leaves_UWm")
-    return Beams(**{name: torch.cat([getattr(b, name).cpu() for b in found]) for name in names})
+    return joined([b.mapped(Tensor.cpu) for b in found])
 
 
 def ranked_items(

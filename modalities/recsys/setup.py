@@ -16,6 +16,7 @@ from triptych.modalities.recsys.likelihood import Collator, Example, SessionLike
 from triptych.modalities.recsys.model import ModelConfig, SessionPolicy
 from triptych.modalities.recsys.next_items import SessionConfig, next_examples
 from triptych.modalities.recsys.ranked import RankingConfig, check_bars
+from triptych.modalities.recsys.requests import UsersConfig, with_users
 from triptych.modalities.recsys.sasrec import SasRec
 from triptych.modalities.recsys.semantic_ids import SemanticIds
 from triptych.modalities.recsys.tables import TableSpec, TorchTables
@@ -39,7 +40,7 @@ class IdsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecsysConfig:
-    """A whole recommender run."""
+    """A whole recommender run. users: null learns from all; else from some, so that others can judge."""
 
     data: DataConfig
     model: ModelConfig
@@ -49,6 +50,7 @@ class RecsysConfig:
     ids: IdsConfig = field(default_factory=IdsConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     evaluation: RankingConfig = field(default_factory=RankingConfig)
+    users: UsersConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +95,9 @@ def set_up(
             f"next-item data has no reference for the slot {', '.join(slots)}: use objective sft"
         )
     events = load_interactions(config.data, quarantine=quarantine, report=report)
+    if config.users is not None:
+        events = with_users(events, config.users)
+        report(f"users of {' and '.join(config.users.parts)} alone: {len(events.item_E):,} events")
     split = leave_one_out(events)
     learnt = split.with_validation() if last else split.train
     what = "training and validation" if last else "training"

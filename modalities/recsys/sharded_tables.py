@@ -208,6 +208,16 @@ def load_gathered(dmp: DistributedModelParallel, state: Mapping[str, Tensor]) ->
 
 
 @torch.no_grad()
+def load_tables(dmp: DistributedModelParallel, tables: Mapping[str, Tensor]) -> None:
+    """`load_gathered` of the tables alone."""
+    from torch.distributed._shard.sharded_tensor import ShardedTensor
+
+    with _quiet():
+        rest = {n: v for n, v in dmp.state_dict().items() if not isinstance(v, ShardedTensor)}
+    load_gathered(dmp, rest | dict(tables))
+
+
+@torch.no_grad()
 def load_moments(dmp: DistributedModelParallel, moments: Mapping[str, Tensor]) -> None:
     """Load what `gathered_moments` gave, whatever the number of ranks was then. A collective."""
     with _quiet():

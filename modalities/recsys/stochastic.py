@@ -9,7 +9,9 @@ far, X anything.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +37,7 @@ _STEP, _MIX_1, _MIX_2 = -7046029254386353131, -4658895280553007687, -77235922931
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draws:
-    """Sessions drawn without replacement, highest key first; fewer than W: -1 and -inf as in `Beams`.
+    """Sessions that were drawn, highest key first; fewer than W: -1 and -inf as in `Beams`.
 
     beams: the sessions, logp_UW over whole codebooks. legal_UW: log-prob under the policy that was drawn
     from, renormalised over legal codes, float32. keys_UW: legal_UW plus Gumbel noise, float64, falling.
@@ -94,23 +96,69 @@ def gumbel(
 
         return step
 
-    rules, rows = walk(
-        decoding,
-        trie,
-        step_of,
-        num_items=num_items,
-        no_repeats=no_repeats,
-        within=within,
-        normalise="codebook",
-        legal=True,
-    )
+    return _drawn(decoding, trie, step_of, width, num_items=num_items, no_repeats=no_repeats, within=within)
+
+
+def sampled(
+    decoding: Decoding,
+    trie: Trie,
+    *,
+    num: int,
+    seeds: Tensor,
+    num_items: int = 1,
+    no_repeats: bool = True,
+    within: Within | None = None,
+) -> Draws:
+    """`num` independent draws for each user, in order of drawing; two may be the same session.
+
+    Ancestral sampling of p over legal codes, by the highest of log p + Gumbel noise at every step; the noise
+    is a hash of the user's seed, the draw's number and the place, so a user draws the same alone or in a
+    batch. `keys_UW` are 0, and -inf for a user who may get nothing. ValueError as `gumbel`'s.
+    """
+
+    def step_of(rules: Rules) -> Step:
+        if seeds.shape != (rules.num_users,):
+            raise ValueError(f"seeds have shape {tuple(seeds.shape)}; valid: [{rules.num_users}], one a user")
+        number_W = torch.arange(num, device=seeds.device)
+        bits_UW = _mixed(_mixed(seeds).unsqueeze(1) ^ _mixed(number_W + 1))
+
+        def step(rows: Rows, logp_UWK: Tensor, level: int) -> Rows:
+            at_root = not level and not rows.leaves.shape[-1]
+            if at_root:
+                rows, logp_UWK = rows.repeated(num), logp_UWK.expand(-1, num, -1)
+            place = rows.terms.shape[-1]
+            children = rules.children(rows, logp_UWK, level)
+            logp_UM, legal_UM = rules.totals(rows, children)
+            assert legal_UM is not None
+            noise_UM = _gumbel(
+                _mixed(children.spread(_mixed(bits_UW + place + 1)) + _mixed(children.nodes()))
+            )
+            g_UM = legal_UM.double() + noise_UM
+            best_UM = (g_UM == children.spread(children.highest(g_UM))) & (g_UM > -math.inf)
+            # One candidate a row; falling keys keep the rows in the order of their draws.
+            order_M = -torch.arange(g_UM.shape[1], device=g_UM.device, dtype=g_UM.dtype)
+            keys_UM = torch.where(best_UM, order_M, -math.inf)
+            found = chosen(trie, level, rows, children, (logp_UM, legal_UM, keys_UM), num)
+            keys = torch.where(found.keys > -math.inf, 0.0, -math.inf)
+            # The first call of the decoding had one row a user, which all draws go on from.
+            parents = torch.zeros_like(found.parents) if at_root else found.parents
+            return replace(found, keys=keys, parents=parents)
+
+        return step
+
+    return _drawn(decoding, trie, step_of, num, num_items=num_items, no_repeats=no_repeats, within=within)
+
+
+def _drawn(
+    decoding: Decoding, trie: Trie, step_of: Callable[[Rules], Step], width: int, **where: Any
+) -> Draws:
+    rules, rows = walk(decoding, trie, step_of, normalise="codebook", legal=True, **where)
     assert rows.legal is not None
     spare = (0, width - rows.keys.shape[1])
+    legal = rows.legal.masked_fill(rows.keys == -math.inf, -math.inf)
     return Draws(
         beams=rules.finished(rows, width),
-        legal_UW=functional.pad(
-            rows.legal.masked_fill(rows.keys == -math.inf, -math.inf), spare, value=-math.inf
-        ),
+        legal_UW=functional.pad(legal, spare, value=-math.inf),
         keys_UW=functional.pad(rows.keys, spare, value=-math.inf),
     )
 
@@ -210,22 +258,18 @@ def _joined(groups: list[Rows]) -> Rows:
 
     whole = {name: cat(name, 0) for name in ("parents", "codes", "nodes", "leaves")}
     legal = None if groups[0].legal is None else cat("legal", -math.inf)
-    return Rows(**whole, logp=cat("logp", -math.inf), legal=legal, keys=cat("keys", -math.inf))
+    scores = {name: cat(name, -math.inf) for name in ("logp", "keys")}
+    return Rows(**whole, **scores, terms=cat("terms", 0.0), legal=legal)
 
 
 def _sorted(beams: Beams) -> Beams:
-    logp_UW, order_UW = torch.sort(beams.logp_UW, dim=1, descending=True, stable=True)
+    order_UW = beams.logp_UW.argsort(dim=1, descending=True, stable=True)
 
     def ordered(x_UWX: Tensor) -> Tensor:
         index = order_UW.view(*order_UW.shape, *(1,) * (x_UWX.ndim - 2))
         return x_UWX.gather(1, index.expand_as(x_UWX))
 
-    return Beams(
-        items_UWm=ordered(beams.items_UWm),
-        logp_UW=logp_UW,
-        codes_UWmL=ordered(beams.codes_UWmL),
-        leaves_UWm=ordered(beams.leaves_UWm),
-    )
+    return beams.mapped(ordered)
 
 
 def _keys(children: Children, parent_UW: Tensor, logp_UM: Tensor, noise_UM: Tensor) -> Tensor:
