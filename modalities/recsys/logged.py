@@ -31,7 +31,7 @@ SplitName = Literal["train", "validation", "judge"]
 SPLITS: tuple[SplitName, ...] = ("train", "validation", "judge")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """Who is shown what.
 

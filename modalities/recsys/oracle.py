@@ -35,7 +35,7 @@ ITEM_SIGNALS = ("vtr", "ltr", "wtr")
 SIGNALS = ("swt", *ITEM_SIGNALS)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Scalarisation:
     """Weights of the four signals in the reward of a session; a signal of items counts by its mean over them.
 
@@ -62,7 +62,7 @@ class Scalarisation:
         return total_N
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class OracleConfig:
     """What the ground truth is made of; another `factors` or another generator is another oracle.
 

@@ -27,4 +27,5 @@ LONG: tuple[str, ...] = (
     "step_aware",
     "persons_ppd",
     "persons_pal",
+    "recsys_alignment",
 )

@@ -45,6 +45,7 @@ Family = Literal[
     "Many users and groups",
     "A real language model",
     "Diffusion",
+    "A generative recommender",
 ]
 FAMILIES: tuple[Family, ...] = get_args(Family)
 
