@@ -8,8 +8,9 @@ llm: SmolLM2-135M-Instruct aligned with pairs of real customers' reviews; about 
 images: the project's own small SDXL-class pipeline draws pictures, five scorers vote on them, and three
 methods learn from the votes: Diffusion-DPO from pairs, RankDPO from lists, SPO from its own denoising steps.
 They are drawn beside the base from the same noise and judged by what no scorer saw; about 5 minutes.
-recsys: a session model with semantic ids learns MovieLens-100k from nothing and recommends films by title,
-beside classical recommenders; about 5 minutes.
+recsys: a session model with semantic ids learns MovieLens-100k from nothing, beside classical recommenders; a
+reward model learns from logged sessions, the recommender from it, and a ground truth that neither saw judges
+sessions of films before and after; about 5 minutes.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from pathlib import Path
 from triptych.scripts import (
     ai_feedback,
     compare_images,
+    judge_recsys,
+    log_sessions,
     train_diffusion,
     train_diffusion_online,
     train_llm,
     train_recsys,
+    train_recsys_online,
+    train_session_reward,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -102,10 +107,52 @@ def images(folder: Path) -> tuple[int, Path]:
 
 
 def recsys(folder: Path) -> tuple[int, Path]:
-    """The recommender panel; (exit code, run folder)."""
-    recipe = RECIPES / "recsys" / "movielens_onerec_lazy.yaml"
-    words = ["--config", str(recipe), "--run.output_dir", str(folder), "--optim.num_epochs", "12"]
-    return train_recsys.main(words), folder
+    """The recommender panel: learn, log, reward, align, judge; (exit code, folder of the verdict)."""
+    logs, reward, base, verdict = (folder / name for name in ("logs", "reward", "base", "verdict"))
+    runs = {"ipa": folder / "ipa", "next tokens alone": folder / "control"}
+    steps: list[tuple[Callable[[list[str]], int], list[str]]] = [
+        (
+            train_recsys.main,
+            [
+                *("--config", str(RECIPES / "recsys" / "movielens_sessions.yaml"), "--optim.num_epochs", "4"),
+                *("--run.output_dir", str(base)),
+            ],
+        ),
+        (
+            log_sessions.main,
+            [
+                *("--config", str(RECIPES / "recsys_logs" / "movielens_logs.yaml"), "--output", str(logs)),
+                *("--logging.requests", "20"),
+            ],
+        ),
+        (
+            train_session_reward.main,
+            [
+                *("--config", str(RECIPES / "recsys_reward" / "movielens_reward.yaml")),
+                *("--logs", str(logs / "logs.safetensors"), "--output", str(reward)),
+                *("--training.model.num_members", "2", "--training.optim.num_epochs", "4"),
+            ],
+        ),
+    ]
+    for name, run in runs.items():
+        words = [
+            *("--config", str(RECIPES / "recsys" / "online" / "movielens_ipa.yaml")),
+            *("--base", str(base / "model"), "--evaluation.logs", str(logs / "logs.safetensors")),
+            *("--judge.options.model", str(reward / "model"), "--evaluation.alarm", "null"),
+            *("--evaluation.requests", "200", "--evaluation.alarm_requests", "100"),
+            *("--rounds.num_rounds", "2", "--run.output_dir", str(run)),
+        ]
+        steps.append((train_recsys_online.main, words + (["--weight", "0"] if name != "ipa" else [])))
+    judged = [
+        *("--config", str(RECIPES / "recsys_judge" / "movielens_judge.yaml"), "--output", str(verdict)),
+        *("--logs", str(logs / "logs.safetensors"), "--oracle", str(logs / "oracle")),
+        *("--other_oracle", str(logs / "other_oracle"), "--control", "next tokens alone"),
+        *("--runs", json.dumps({name: [str(run)] for name, run in runs.items()})),
+    ]
+    for run, words in [*steps, (judge_recsys.main, judged)]:
+        if code := run(words):
+            return code, verdict
+    return 0, verdict
 
 
 PANELS: dict[str, Callable[[Path], tuple[int, Path]]] = {"llm": llm, "images": images, "recsys": recsys}

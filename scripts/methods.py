@@ -3,6 +3,7 @@
 triptych methods
 triptych methods table llm
 triptych methods table diffusion
+triptych methods table recsys
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import yaml
 from triptych.scripts.common import errors_in_one_line
 
 RECIPES = Path(__file__).resolve().parent / "recipes"
-MODALITIES = ("llm", "diffusion")
+MODALITIES = ("llm", "diffusion", "recsys")
 COLUMNS = ("recipe", "method", "paper", "source", "judge", "shape", "objective", "keep")
 # Options that say how much, not what.
 _SIZES = {

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -18,7 +19,10 @@ from triptych.scripts import (
     train_recsys_online,
     train_session_reward,
 )
+from triptych.scripts.common import parse
+from triptych.scripts.experiments import recsys_alignment
 from triptych.training.quarantine import DataError
+from triptych.training.stats import Estimate
 
 RECIPES = Path(train_recsys.__file__).parent / "recipes"
 SHARES = "[0.5, 0.25, 0.25]"
@@ -321,3 +325,78 @@ def test_the_alarm_stops_a_run_whose_reward_rises_while_the_other_judge_falls(
 def test_judge_users_may_not_be_trained_on(place, tmp_path, capsys):
     refused(place, tmp_path / "run", users={"shares": json.loads(SHARES), "seed": 5})
     assert "judge there and learn here" in capsys.readouterr().err
+
+
+PARSED = {
+    "recsys/movielens_sessions.yaml": train_recsys.RecsysConfig,
+    "recsys_logs/movielens_logs.yaml": log_sessions.Config,
+    "recsys_reward/movielens_reward.yaml": train_session_reward.Config,
+    "recsys_reward/movielens_second_reward.yaml": train_session_reward.Config,
+    "recsys_judge/movielens_judge.yaml": judge_recsys.Config,
+    "recsys/online/movielens_ipa.yaml": train_recsys_online.OnlineConfig,
+    "recsys/online/movielens_ecpo.yaml": train_recsys_online.OnlineConfig,
+    "recsys/online/movielens_gbpo.yaml": train_recsys_online.OnlineConfig,
+}
+
+
+def test_the_recipes_are_read_and_fit_one_another():
+    found = {name: parse(kind, words(name), prog="x", doc="x") for name, kind in PARSED.items()}
+    assert {p.name for p in (RECIPES / "recsys" / "online").glob("*.yaml")} == {
+        Path(name).name for name in PARSED if "online" in name
+    }
+    logs = found["recsys_logs/movielens_logs.yaml"]
+    base = found["recsys/movielens_sessions.yaml"]
+    for name, config in found.items():
+        if "online" in name:
+            assert config.base == f"{base.run.output_dir}/model"
+            assert config.evaluation.logs == f"{logs.output}/logs.safetensors"
+            assert (config.users.shares, config.users.seed) == (logs.logging.shares, logs.logging.seed)
+            assert config.requests.items == logs.logging.items == base.session.items
+            judges = (config.judge, config.evaluation.alarm)
+            rewards = [found[f"recsys_reward/movielens_{n}.yaml"].output for n in ("reward", "second_reward")]
+            assert [j.options["model"] for j in judges] == [f"{r}/model" for r in rewards]
+
+
+def test_the_experiment_trains_its_arms_and_says_what_holds(place, tmp_path):
+    folder = tmp_path / "experiment"
+    for name in ("logs", "reward", "second_reward", "base"):
+        shutil.copytree(place / name, folder / name)
+    arm = {
+        "data.source": str(place / "events.csv"),
+        "users.shares": json.loads(SHARES),
+        "requests": {"items": 3, "per_user": 4, "min_history": 4},
+        "rounds": {"num_rounds": 1, "num_contexts": 8},
+        "optim.batch_size": 4,
+        "optim.micro_batch_size": 4,
+        "evaluation.width": 4,
+        "evaluation.ranking": {"width": 20, "ks": [5, 10]},
+        "run.eval_every": 1,
+    }
+    changes = {"logs": {"data.source": str(place / "events.csv")}, "arm": arm}
+    arms = ("dpo", "ntp", "other_user", "s_dpo")
+    outcome = recsys_alignment.run(seeds=1, folder=folder, arms=arms, changes=changes)
+    statements = [claim.statement for claim in outcome.claims]
+    assert len(statements) == 5
+    assert any("2 objectives on the same rounds" in text for text in statements)
+    assert all(claim.family == "A generative recommender" for claim in outcome.claims)
+    assert (folder / "verdict" / "verdict.png").read_bytes().startswith(b"\x89PNG")
+    trained = (folder / "dpo-0" / "results.json").stat().st_mtime_ns
+    recsys_alignment.run(seeds=1, folder=folder, arms=arms, changes=changes)
+    assert (folder / "dpo-0" / "results.json").stat().st_mtime_ns == trained
+
+
+def test_a_gain_whose_interval_holds_zero_is_no_gain():
+    def of(mean, low, high):
+        return Estimate(mean, low, high, n=9)
+
+    found = {
+        "oracle: dpo: gold - ntp": of(0.1, -0.1, 0.3),
+        "oracle: dpo: gold - base": of(0.1, 0.05, 0.2),
+        "other oracle: dpo: gold - base": of(0.1, 0.0, 0.2),
+        "oracle: ntp: gold - base": of(0.0, -0.1, 0.04),
+        "oracle: dpo: recall - base": of(-0.1, -0.2, -0.01),
+    }
+    for name in (judge_recsys.BY_REWARD, judge_recsys.BY_ITEMS, judge_recsys.UPPER):
+        found[f"oracle: {name}: gold - base"] = of(0.3, 0.2, 0.4)
+    holds = [claim.holds for claim in recsys_alignment.claims(found, ["dpo", "ntp"], "toy")]
+    assert holds == [False, True, False, False]

@@ -33,9 +33,10 @@ def test_objectives_show_prints_formula_range_and_paper(capsys):
 def test_readme_table_of_methods_is_that_of_the_recipes():
     text = README.read_text("utf-8")
     assert between(text, "methods") == methods.markdown(), "run: triptych methods table llm"
-    assert between(text, "methods-diffusion") == methods.markdown("diffusion"), (
-        "run: triptych methods table diffusion"
-    )
+    for modality in ("diffusion", "recsys"):
+        assert between(text, f"methods-{modality}") == methods.markdown(modality), (
+            f"run: triptych methods table {modality}"
+        )
 
 
 def test_every_online_recipe_names_its_method_and_its_paper():
