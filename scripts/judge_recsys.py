@@ -195,40 +195,48 @@ def _matched_table(arms: Mapping[str, Arm]) -> list[Table]:
     if not found:
         return []
     rows = [
-        [name, sum(gains) / len(gains), " ".join(f"{g:.4f}" for g in gains)] for name, gains in found.items()
+        [name, f"{sum(gains) / len(gains):.4f}", " ".join(f"{g:.4f}" for g in gains)]
+        for name, gains in found.items()
     ]
     note = f"Gain of samples' gold where each run first reaches a KL of {kl:.3f} nats to the base."
     return [Table("Gain at the same KL", ["run", "mean", "by seed"], rows, note)]
 
 
+PANELS = {
+    "served": "gold, served session",
+    "gold": "gold, drawn sessions",
+    "reward": "reward, drawn sessions",
+}
 FIGURE_NOTE = (
-    "Gains of sessions drawn from the policy, one line a run. Reward up while gold falls behind is the "
-    "reward model's error being learnt."
+    "Gains over the base, one line a run. Reward up while gold stays or falls is the reward model's error "
+    "being learnt. The reward is each run's own judge, which for random or shuffled ones means nothing."
 )
 
 
 def _figure(arms: Mapping[str, Arm]) -> bytes:
-    """Gold and reward gain against the square root of KL, as PNG."""
+    """Gold and reward gains against KL, as PNG."""
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
-    canvas = Canvas(figsize=(9, 3.8), layout="constrained")
-    left, right = canvas.subplots(1, 2, sharex=True)
+    canvas = Canvas(figsize=(11, 3.8), layout="constrained")
+    panels = dict(zip(PANELS, canvas.subplots(1, len(PANELS), sharex=True), strict=True))
     trained = {name: arm for name, arm in arms.items() if arm.paths}
     for place, (name, arm) in enumerate(trained.items()):
         colour = colormaps["tab20" if len(trained) > 10 else "tab10"](place)
-        for axes, what in ((left, "gold"), (right, "reward")):
+        for what, axes in panels.items():
             for i, path in enumerate(arm.paths):
-                x = [p.kl**0.5 for p in path]
-                y = [getattr(p, what) for p in path]
-                axes.plot(x, y, ".-", color=colour, markersize=3, linewidth=1, label=name if not i else None)
-    for axes, title in ((left, "gold, gain"), (right, "reward model, gain")):
-        axes.set_title(title)
-        axes.set_xlabel("square root of KL to the base, nats")
+                points = [p for p in path if p.kl > 0]
+                label = name if not i else None
+                y = [getattr(p, what) for p in points]
+                axes.plot([p.kl for p in points], y, ".-", color=colour, markersize=4, lw=1, label=label)
+    for what, axes in panels.items():
+        axes.set_title(PANELS[what])
+        axes.set_xlabel("KL to the base, nats a session")
+        axes.set_xscale("log")
         axes.axhline(0, color="0.7", linewidth=0.8)
         axes.grid(alpha=0.3)
-    right.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     buffer = io.BytesIO()
     FigureCanvasAgg(canvas).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()

@@ -45,10 +45,14 @@ class Bench:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Point:
-    """Where a run is after some steps: KL to the base, and gains over the base of sessions drawn from it."""
+    """Where a run is after some steps: KL to the base, and gains over the base.
+
+    served: gold of the likeliest session; gold, reward: of sessions drawn from the policy.
+    """
 
     step: int
     kl: float
+    served: float
     gold: float
     reward: float
 
@@ -134,16 +138,17 @@ def _measured(answers: Answers, bench: Bench) -> dict[str, Tensor]:
 
 
 def _path(files: Sequence[tuple[int, Path]], bench: Bench) -> list[Point]:
-    """Gains over the first answers, of samples, at every step that was looked at."""
+    """Gains over the first answers at every step that was looked at."""
     found: list[Point] = []
-    start: tuple[float, float] | None = None
+    start: Tensor | None = None
     for step, path in files:
         answers = Answers.read(path)
-        gold = float(bench.gold(answers.drawn_NSm).nanmean())
-        reward = float(answers.reward_NS.nanmean())
-        start = start or (gold, reward)
+        served, drawn = bench.gold(answers.served_NWm[:, :1]), bench.gold(answers.drawn_NSm)
+        means = torch.stack([x.nanmean() for x in (served, drawn, answers.reward_NS)])
+        start = means if start is None else start
         kl = max(0.0, float(answers.kl_NS.mean()))
-        found.append(Point(step=step, kl=kl, gold=gold - start[0], reward=reward - start[1]))
+        gains = dict(zip(("served", "gold", "reward"), (means - start).tolist(), strict=True))
+        found.append(Point(step=step, kl=kl, **gains))
     return found
 
 

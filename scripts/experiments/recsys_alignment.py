@@ -174,16 +174,15 @@ def run(
             "trained on, intervals over users"
         )
         caption = (
-            "Gain of sessions drawn from the policy over the base against the root of the KL to it, one line "
-            "a seed: by the ground truth (left), which no training asks, and by the reward model that is "
-            "optimised (right). " + FIGURE_NOTE
+            "Gains over the base by the ground truth, which no training asks, of the session that is served "
+            "and of sessions drawn from the policy, and by the reward that is optimised. " + FIGURE_NOTE
         )
         return Outcome(
             claims=claims(found, list(runs), what),
             figure=partial(_picture, out / "verdict.png"),
             caption=caption,
             seconds=seconds(),
-            size=(9.0, 3.8),
+            size=(11.0, 3.8),
         )
 
 
