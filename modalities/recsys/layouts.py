@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -202,8 +203,20 @@ def _rows(path: Path, separator: str) -> tuple[Frame, list[list[str]]]:
     read: Any = pd.read_csv
     settings = {"sep": separator, "dtype": str, "skip_blank_lines": False}
     try:
-        return read(path, engine="c", **settings), []
-    except pd.errors.ParserError:
+        frame = read(path, engine="c", **settings)
+        if isinstance(frame.index, pd.RangeIndex):
+            return frame, []
+        # The first field of rows with one more than the header becomes an index, and the others shift.
+        first = frame.iloc[0]
+        return frame, [[str(frame.index[0]), *map(str, first)]]
+    except pd.errors.ParserError as error:
+        if found := re.search(r"EOF inside string starting at row (\d+)", str(error)):
+            line = int(found[1]) + 1
+            raise DataError(
+                "has a quote that is never closed, which would hide the rows after it",
+                source=f"{path}:{line}",
+                remedy="close it, or write a quote inside a field twice",
+            ) from None
         skipped: list[list[str]] = []
 
         def odd(row: list[str]) -> None:

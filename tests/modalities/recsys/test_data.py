@@ -325,7 +325,6 @@ def test_a_parquet_table_with_its_own_index_keeps_rows_together(tmp_path):
     [
         ROWS,
         ["user,item,timestamp", "a,x,1", "", "b,y,2", ",,", "", "c,z,oops"],
-        ["user,item,timestamp", "0,a,x,1", "", "1,a,y,2", "b,z"],
         ["user,item,timestamp,title", 'a,x,1,"two', 'lines, here"', "b,y,2,short", "b,z,3"],
     ],
 )
@@ -343,3 +342,16 @@ def test_the_fast_reader_reads_as_the_careful_one_does(tmp_path, monkeypatch, li
     assert named(fast) == named(slow)
     assert fast.fingerprint == slow.fingerprint
     assert first.summary() == second.summary()
+
+
+def test_rows_that_all_have_a_field_more_than_the_header_are_not_shifted(tmp_path):
+    with pytest.raises(DataError, match="more fields than its header") as raised:
+        load(tmp_path / "mine.csv", ["user,item,timestamp", "a,x,1,9", "b,y,2,9"])
+    assert raised.value.preview == "a,x,1,9"
+
+
+def test_a_quote_that_is_never_closed_does_not_hide_the_rows_after_it(tmp_path):
+    rows = ["user,item,timestamp", "a,x,1", 'b,"y,2', "c,z,3", "d,w,4"]
+    with pytest.raises(DataError, match="quote that is never closed") as raised:
+        load(tmp_path / "mine.csv", rows)
+    assert "mine.csv:3" in str(raised.value)
