@@ -22,6 +22,7 @@ from triptych.scripts import (
 from triptych.scripts.common import parse
 from triptych.scripts.experiments import recsys_alignment
 from triptych.training.quarantine import DataError
+from triptych.training.references import Snapshot
 from triptych.training.stats import Estimate
 
 RECIPES = Path(train_recsys.__file__).parent / "recipes"
@@ -400,3 +401,31 @@ def test_a_gain_whose_interval_holds_zero_is_no_gain():
         found[f"oracle: {name}: gold - base"] = of(0.3, 0.2, 0.4)
     holds = [claim.holds for claim in recsys_alignment.claims(found, ["dpo", "ntp"], "toy")]
     assert holds == [False, True, False, False]
+
+
+def test_beam_scores_are_the_references_log_probs_and_none_is_computed_again(place, tmp_path, monkeypatch):
+    def again(self, *more):
+        raise AssertionError("the reference was computed")
+
+    monkeypatch.setattr(Snapshot, "__call__", again)
+    assert align(place, tmp_path / "run") == 0
+
+
+def test_the_reference_is_the_policy_of_the_rounds_start_and_does_not_move_in_it(
+    place, tmp_path, monkeypatch
+):
+    take, kept = Snapshot.take, []
+
+    def copies(snapshot):
+        return {name: value.clone() for name, value in snapshot.values.items()}
+
+    def watched(self, policy):
+        if kept:
+            assert all(torch.equal(kept[-1][name], value) for name, value in self.values.items())
+        take(self, policy)
+        kept.append(copies(self))
+
+    monkeypatch.setattr(Snapshot, "take", watched)
+    assert align(place, tmp_path / "run") == 0
+    assert len(kept) >= 2
+    assert any(not torch.equal(kept[0][name], kept[-1][name]) for name in kept[0])
