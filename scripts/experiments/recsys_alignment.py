@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -155,35 +155,43 @@ def run(
     with stopwatch() as seconds:
         prepare(folder, steps)
         more = SMALL if quick else steps.get("arm", {})
-        runs = {arm: [str(train(arm, seed, folder, more)) for seed in range(seeds)] for arm in arms}
-        out = folder / "verdict"
-        options = {
-            "logs": str(folder / "logs" / "logs.safetensors"),
-            "oracle": str(folder / "logs" / "oracle"),
-            "other_oracle": str(folder / "logs" / "other_oracle"),
-            "data": {"source": data},
-            "runs": runs,
-            "output": str(out),
-        } | ({"control": "ntp"} if "ntp" in runs else {})
-        _done(judge_recsys.main(flags(options)))
-        stored = json.loads((out / "results.json").read_text("utf-8"))
-        found = {name: Estimate(**value) for name, value in stored.items()}
-        what = (
-            f"ML-100k, sessions of 5 by a lazy decoder; 4 rounds of 2,000 requests, {seeds} seeds of the "
-            f"alignment from one base; {found['oracle: base: gold'].n} requests of users whom nothing was "
-            "trained on, intervals over users"
-        )
-        caption = (
-            "Gains over the base by the ground truth, which no training asks, of the session that is served "
-            "and of sessions drawn from the policy, and by the reward that is optimised. " + FIGURE_NOTE
-        )
-        return Outcome(
-            claims=claims(found, list(runs), what),
-            figure=partial(_picture, out / "verdict.png"),
-            caption=caption,
-            seconds=seconds(),
-            size=(11.0, 3.8),
-        )
+        runs = {arm: [train(arm, seed, folder, more) for seed in range(seeds)] for arm in arms}
+        return judged(folder, runs, data, seconds)
+
+
+def judged(
+    folder: Path, runs: Mapping[str, Sequence[Path]], data: str, seconds: Callable[[], float]
+) -> Outcome:
+    """What the judges say of trained arms."""
+    out = folder / "verdict"
+    options = {
+        "logs": str(folder / "logs" / "logs.safetensors"),
+        "oracle": str(folder / "logs" / "oracle"),
+        "other_oracle": str(folder / "logs" / "other_oracle"),
+        "data": {"source": data},
+        "runs": {arm: [str(run) for run in folders] for arm, folders in runs.items()},
+        "output": str(out),
+    } | ({"control": "ntp"} if "ntp" in runs else {})
+    _done(judge_recsys.main(flags(options)))
+    stored = json.loads((out / "results.json").read_text("utf-8"))
+    found = {name: Estimate(**value) for name, value in stored.items()}
+    numbers = sorted({len(folders) for folders in runs.values()})
+    what = (
+        f"ML-100k, sessions of 5 by a lazy decoder; 4 rounds of 2,000 requests, "
+        f"{' or '.join(map(str, numbers))} seeds of the alignment from one base; "
+        f"{found['oracle: base: gold'].n} requests of users whom nothing was trained on, intervals over users"
+    )
+    caption = (
+        "Gains over the base by the ground truth, which no training asks, of the session that is served and of "
+        "sessions drawn from the policy, and by the reward that is optimised. " + FIGURE_NOTE
+    )
+    return Outcome(
+        claims=claims(found, list(runs), what),
+        figure=partial(_picture, out / "verdict.png"),
+        caption=caption,
+        seconds=seconds(),
+        size=(11.0, 3.8),
+    )
 
 
 def claims(found: Mapping[str, Estimate], arms: Sequence[str], what: str) -> list[Claim]:
