@@ -182,8 +182,8 @@ def judged(
         f"{found['oracle: base: gold'].n} requests of users whom nothing was trained on, intervals over users"
     )
     caption = (
-        "Gains over the base by the ground truth, which no training asks, of the session that is served and of "
-        "sessions drawn from the policy, and by the reward that is optimised. " + FIGURE_NOTE
+        "Gains over the base by the ground truth, which no training asks, of the session that is served and "
+        "of sessions drawn from the policy, and by the reward that is optimised. " + FIGURE_NOTE
     )
     return Outcome(
         claims=claims(found, list(runs), what),
