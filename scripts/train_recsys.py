@@ -5,15 +5,17 @@
 
 Run the same command again after an interruption and it goes on where it was. The run folder holds the
 configuration, semantic ids, metrics.jsonl, checkpoints, quarantine.jsonl, rankings of the held-out items, the
-exported model, from which `scripts/recommend.py` recommends, and report.html.
+exported model, from which `scripts/recommend.py` recommends, and report.html. Several ranks (torchrun) share
+the embedding tables of model.tables=torchrec out among them; `tables` is of their optimizer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from triptych.modalities.recsys.outcome import finish, validation
+from triptych.modalities.recsys.outcome import finish
 from triptych.modalities.recsys.setup import RecsysConfig, set_up
+from triptych.modalities.recsys.sharded_run import sharing, whole_run, whole_validation
 from triptych.scripts.common import (
     StopSignal,
     as_dict,
@@ -37,6 +39,7 @@ def run(config: RecsysConfig) -> int:
     stop = StopSignal()
     place = open_workplace(config.optim, config.run)
     accelerator, report = place.accelerator, place.report
+    share = sharing(config, accelerator)
     made = set_up(
         config,
         config.objective.terms(),
@@ -46,7 +49,7 @@ def run(config: RecsysConfig) -> int:
     )
     place.keep_first_config(config)
     place.start_trackers(config)
-    learner = make_learner(made.policy, config.optim, accelerator)
+    learner = make_learner(made.policy, config.optim, accelerator, share=share)
     identity = identity_of(
         flat(as_dict(config)),
         data_fingerprint=made.events.fingerprint,
@@ -54,7 +57,7 @@ def run(config: RecsysConfig) -> int:
         num_ranks=accelerator.num_processes,
     )
     hooks = Hooks(
-        evaluate=validation(made, config) if config.run.eval_every else None,
+        evaluate=whole_validation(made, config, learner) if config.run.eval_every else None,
         stop=stop,
         report=report,
         progress=progress("train", enabled=place.main),
@@ -66,10 +69,11 @@ def run(config: RecsysConfig) -> int:
         accelerator.end_training()
         report(f"stopped at step {outcome.step} of {outcome.num_steps}; the same command continues")
         return 128 + stop.number
+    whole = whole_run(made, config, learner)
     if place.main:
         finish(
-            made,
-            learner.policy,
+            whole,
+            whole.policy,
             config,
             quarantine=place.quarantine,
             settings=as_dict(config),

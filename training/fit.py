@@ -24,6 +24,7 @@ from triptych.training.checkpoint import (
     unflatten_optimizer,
 )
 from triptych.training.config import OptimConfig, RunConfig, learning_rate
+from triptych.training.fused import Fused
 from triptych.training.logs import MetricsLog, Progress
 from triptych.training.loop import Learner, Task, train_step
 from triptych.training.meters import Meter
@@ -267,7 +268,7 @@ def save_learner(
 
     tensors, state: what else it keeps.
     """
-    named = trained(learner.policy)
+    named = learner.named
     weights = {name: whole(p.detach()) for name, p in named.items()}
     moments = {
         index: {k: whole(v) for k, v in entry.items()}
@@ -275,11 +276,17 @@ def save_learner(
     }
     more = {group: {k: whole(v) for k, v in entry.items()} for group, entry in (tensors or {}).items()}
     groups = learner.optimizer.state_dict()["param_groups"]
+    facts = dict(state or {})
+    if learner.fused is not None:
+        weights |= learner.fused.weights()
+        facts["fused"] = sorted(learner.fused.shapes)
+        if remembered := learner.fused.moments():
+            more["fused"] = dict(remembered)
     if accelerator.is_main_process:
         if log is not None:
             log.sync()
         optimizer, flat = flatten_optimizer({"state": moments, "param_groups": groups}, list(named))
-        saved = dict(state or {}) | {
+        saved = facts | {
             "identity": plain(identity),
             "optimizer": flat,
             "skips": learner.skips,
@@ -291,11 +298,17 @@ def save_learner(
 
 
 def load_learner(learner: Learner, checkpoint: Checkpoint) -> None:
-    """Put a checkpoint's weights, optimizer state and step into a learner, or raise CheckpointError."""
-    named = trained(learner.policy)
-    load_weights(learner.policy, checkpoint)
-    flat = checkpoint.state["optimizer"]
-    state = unflatten_optimizer(checkpoint.tensors.get("optimizer", {}), flat, list(named))
+    """Put a checkpoint's weights, optimizer state and step into a learner, or raise CheckpointError.
+
+    Of weights that backward updated then and the optimizer does now, or the other way round, the optimizer's
+    state begins anew.
+    """
+    named = learner.named
+    if learner.fused is None:
+        load_weights(learner.policy, checkpoint)
+    else:
+        _load_fused(learner.fused, checkpoint)
+    state = _optimizer_state(learner, checkpoint, list(named))
     for index, parameter in enumerate(named.values()):
         entry = state["state"].get(index, {})
         state["state"][index] = {k: laid_out_like(v, parameter) for k, v in entry.items()}
@@ -310,17 +323,52 @@ def load_learner(learner: Learner, checkpoint: Checkpoint) -> None:
 def load_weights(policy: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's trained weights into a policy; CheckpointError when names or shapes differ."""
     named, saved = trained(policy), checkpoint.tensors["policy"]
-    if odd := sorted(named.keys() ^ saved.keys()):
-        raise CheckpointError(
-            f"the checkpoint's trained weights differ from the policy's: {', '.join(odd[:5])}"
-        )
-    for name, parameter in named.items():
-        if saved[name].shape != parameter.shape:
-            shapes = f"{tuple(saved[name].shape)}, the policy's {tuple(parameter.shape)}"
-            raise CheckpointError(f"the checkpoint's weight {name} has shape {shapes}")
+    _check_weights({name: tuple(p.shape) for name, p in named.items()}, saved)
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(laid_out_like(saved[name], parameter))
+
+
+def _check_weights(shapes: Mapping[str, tuple[int, ...]], saved: Mapping[str, Tensor]) -> None:
+    if odd := sorted(shapes.keys() ^ saved.keys()):
+        raise CheckpointError(
+            f"the checkpoint's trained weights differ from the policy's: {', '.join(odd[:5])}"
+        )
+    for name, shape in shapes.items():
+        if saved[name].shape != shape:
+            shown = f"{tuple(saved[name].shape)}, the policy's {shape}"
+            raise CheckpointError(f"the checkpoint's weight {name} has shape {shown}")
+
+
+def _load_fused(fused: Fused, checkpoint: Checkpoint) -> None:
+    saved = checkpoint.tensors["policy"]
+    _check_weights({n: tuple(p.shape) for n, p in fused.dense.items()} | dict(fused.shapes), saved)
+    moments = checkpoint.tensors.get("fused", {}) if "fused" in checkpoint.state else None
+    try:
+        fused.load(saved, moments)
+    except ValueError as error:
+        raise CheckpointError(f"what the checkpoint's optimizer of tables remembers: {error}") from None
+
+
+def _optimizer_state(learner: Learner, checkpoint: Checkpoint, names: list[str]) -> dict[str, Any]:
+    """The optimizer's state for the parameters of these names.
+
+    Those that backward updated then, or does now, need not be in both.
+    """
+    tensors, flat = checkpoint.tensors.get("optimizer", {}), checkpoint.state["optimizer"]
+    either = {*checkpoint.state.get("fused", ()), *(learner.fused.shapes if learner.fused else ())}
+    if not either:
+        return unflatten_optimizer(tensors, flat, names)
+    before = [name for group in flat["param_groups"] for name in group["params"]]
+    if odd := sorted(({*before} ^ {*names}) - either):
+        raise CheckpointError(f"the optimizer's parameters are other ones now: {', '.join(odd[:5])}")
+    state = unflatten_optimizer(tensors, flat, before)
+    entries = {before[index]: entry for index, entry in state["state"].items()}
+    (group,) = state["param_groups"]
+    return {
+        "state": {i: entries[name] for i, name in enumerate(names) if name in entries},
+        "param_groups": [group | {"params": [*range(len(names))]}],
+    }
 
 
 def _resume(
@@ -355,6 +403,8 @@ def _resume(
     override: bool | Collection[str] = "all" in run.resume_override or run.resume_override
     refuse_changed(found.state["identity"], plain(identity), override=override)
     load_learner(learner, found)
+    if ("fused" in found.state) != (learner.fused is not None):
+        report("the tables have another optimizer than in the checkpoint: what it remembers begins anew")
     report(f"resumed from {root.name}/step-{found.step:08d}")
     return found
 

@@ -65,23 +65,23 @@ def check_fused(config: OptimConfig, accelerator: Accelerator) -> None:
     """Raise ValueError for settings that cannot be kept when backward updates weights."""
     if accelerator.distributed_type not in _PLAIN:
         raise ValueError(
-            f"tables are shared out over ranks that hold the rest whole, not with {accelerator.distributed_type}: "
-            "start the script with plain torchrun or accelerate"
+            f"tables are shared out over ranks that hold the rest whole, not with "
+            f"{accelerator.distributed_type}: start the script with plain torchrun or accelerate"
         )
     most = math.ceil(config.batch_size / accelerator.num_processes)
     if most > config.micro_batch_size:
         raise ValueError(
-            f"optim.micro_batch_size={config.micro_batch_size}: tables that {accelerator.num_processes} ranks "
-            "share out are updated by every backward pass, so a rank's part of a step must be one micro-batch: "
+            f"optim.micro_batch_size={config.micro_batch_size}: every backward pass updates tables that are "
+            f"shared out, so a step is one micro-batch on each of {accelerator.num_processes} ranks: "
             f"set optim.micro_batch_size={most}"
         )
     if config.average:
         raise ValueError(
-            f"optim.average={config.average} wants every weight whole on every rank, and tables are shared out: "
-            "set optim.average=0"
+            f"optim.average={config.average} wants every weight whole on every rank, and tables are "
+            "shared out: set optim.average=0"
         )
     if config.on_nonfinite != "stop":
         raise ValueError(
-            f"optim.on_nonfinite={config.on_nonfinite}: the backward pass updates tables that are shared out, "
-            "which cannot be taken back when its gradient is not finite: set optim.on_nonfinite=stop"
+            f"optim.on_nonfinite={config.on_nonfinite}: every backward pass updates tables that are shared "
+            "out, which cannot be taken back where the gradient is not finite: set optim.on_nonfinite=stop"
         )

@@ -21,9 +21,10 @@ from torch.distributed.tensor import DTensor
 from triptych.objectives import Input, Objective, Terms, with_reference
 from triptych.objectives.metrics import input_metrics
 from triptych.training.config import OptimConfig, learning_rate
+from triptych.training.fused import Fused, check_fused
 from triptych.training.meters import Meter
 from triptych.training.order import Draw, key, micro_batches, window
-from triptych.training.references import Batch, Cached, Comparable, Likelihood, Reference
+from triptych.training.references import Batch, Cached, Comparable, Likelihood, Reference, trained
 
 
 class NonFiniteError(RuntimeError):
@@ -71,6 +72,7 @@ class Learner:
     """What changes during training: weights, optimizer, and how far it is.
 
     step: optimizer steps done, which is the next one's index. skips: windows in a row left out as non-finite.
+    fused: weights that backward updates, where there are any; the optimizer has the others.
     """
 
     policy: nn.Module
@@ -78,12 +80,25 @@ class Learner:
     step: int = 0
     skips: int = 0
     skipped: list[str] = field(default_factory=list)
+    fused: Fused | None = None
+
+    @property
+    def named(self) -> Mapping[str, nn.Parameter]:
+        """What the optimizer updates, by name, in its order."""
+        return trained(self.policy) if self.fused is None else self.fused.dense
 
 
-def make_learner(policy: nn.Module, config: OptimConfig, accelerator: Accelerator) -> Learner:
+def make_learner(
+    policy: nn.Module,
+    config: OptimConfig,
+    accelerator: Accelerator,
+    *,
+    share: Callable[[nn.Module], Fused] | None = None,
+) -> Learner:
     """The policy on its device and wrapped for its ranks, with AdamW over what requires a gradient.
 
-    ValueError for an accelerator that would scale gradients a second time.
+    share: wraps it instead, with weights that backward updates; AdamW is then of the others.
+    ValueError for an accelerator that would scale gradients a second time, or settings that `share` forbids.
     """
     if accelerator.gradient_accumulation_steps != 1 or accelerator.scaler is not None:
         raise ValueError(
@@ -91,12 +106,18 @@ def make_learner(policy: nn.Module, config: OptimConfig, accelerator: Accelerato
             f"mixed_precision={accelerator.mixed_precision}; use 1, as optim.batch_size and "
             "optim.micro_batch_size decide on accumulation, and 'no' or 'bf16'"
         )
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    if not trained:
+    fused = None
+    if share is not None:
+        check_fused(config, accelerator)
+        fused = share(policy)
+    parameters = [*(trained(policy) if fused is None else fused.dense).values()]
+    if not parameters:
         raise ValueError("nothing to train: no parameter of the policy requires a gradient")
     optimizer = torch.optim.AdamW(
-        trained, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
+        parameters, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
+    if fused is not None:
+        return Learner(fused.policy, optimizer, fused=fused)
     policy, optimizer = accelerator.prepare(policy, optimizer)
     return Learner(policy, optimizer)
 
@@ -144,9 +165,13 @@ def train_step(
 
     seed: of the order of samples. start: the step at which the task began (a round does not begin at 0).
     Raises NonFiniteError, before the weights change, when a loss or the norm is not finite and
-    config.on_nonfinite is 'stop' or the limit of skips is reached.
+    config.on_nonfinite is 'stop' or the limit of skips is reached. Weights that backward updates (`Fused`)
+    see no loss that is not finite; the gradient's norm, and its clipping, are of the others.
     """
     step = learner.step
+    rate = learning_rate(config, step=step, num_steps=num_steps)
+    if learner.fused is not None:
+        learner.fused.follow(rate / config.lr)
     seen = _accumulate(task, learner, config, accelerator, seed, start)
     parameters = [p for g in learner.optimizer.param_groups for p in g["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
@@ -158,7 +183,7 @@ def train_step(
         learner.step += 1
         return None
     for group in learner.optimizer.param_groups:
-        group["lr"] = learning_rate(config, step=step, num_steps=num_steps)
+        group["lr"] = rate
     learner.optimizer.step()
     learner.optimizer.zero_grad()
     learner.step += 1
@@ -195,6 +220,8 @@ def _accumulate(
             # Dropout depends on step, rank and micro-batch alone, so resuming needs no generator state.
             torch.manual_seed(key("dropout", seed, step, accelerator.process_index, i))
             loss_B, rows = _forward(t, learner.policy, cut, accelerator, seed)
+            if learner.fused is not None:
+                _refuse_nonfinite(learner, config, accelerator, _Seen(t, cut, rows))
             accelerator.backward(loss_B.sum() * weight)
         if weight:
             seen.append(_Seen(t, cut, rows))
@@ -231,6 +258,13 @@ def _all_finite(norm: Tensor, losses: Sequence[Tensor], accelerator: Accelerator
     if accelerator.num_processes > 1:
         bad = accelerator.reduce(bad.float(), "sum")
     return not bool(bad)  # type: ignore[arg-type]
+
+
+def _refuse_nonfinite(learner: Learner, config: OptimConfig, accelerator: Accelerator, part: _Seen) -> None:
+    """Raise NonFiniteError on every rank, before backward, unless the loss of each is finite."""
+    losses = part.rows["loss"]
+    if not _all_finite(losses.new_zeros(()), [losses], accelerator):
+        _handle_nonfinite(learner, config, accelerator, [part], 0.0)
 
 
 def _forward(
@@ -286,9 +320,13 @@ def _handle_nonfinite(
         if bad
         else f"the gradient norm is {norm} though every loss is finite; in"
     )
-    message = f"step {learner.step + 1}: {what} {names}. The weights were not changed."
+    kept = "The weights were not changed."
+    if learner.fused is not None and not bad:
+        kept = "Backward has changed the tables that ranks share out; the last checkpoint is from before."
+    message = f"step {learner.step + 1}: {what} {names}. {kept}"
     if config.on_nonfinite == "stop":
-        raise NonFiniteError(f"{message} Look at these records, or set optim.on_nonfinite=skip.")
+        advice = ", or set optim.on_nonfinite=skip" if learner.fused is None else ""
+        raise NonFiniteError(f"{message} Look at these records{advice}.")
     if learner.skips > config.max_skips:
         raise NonFiniteError(
             f"{message} {learner.skips} windows in a row, more than optim.max_skips={config.max_skips}."

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,27 @@ class IdsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """The optimizer of tables that several ranks share out (model.tables=torchrec); `optim` is of the rest.
+
+    It updates them in the backward pass, with `lr` on the schedule of optim.lr. Gradients of tables are not
+    clipped and their weights do not decay: optim.max_grad_norm and optim.weight_decay are of the rest.
+    """
+
+    optimizer: Literal["sgd", "adagrad", "rowwise_adagrad"] = "rowwise_adagrad"
+    lr: float = 0.05
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"tables.lr={self.lr} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RecsysConfig:
-    """A whole recommender run. users: null learns from all; else from some, so that others can judge."""
+    """A whole recommender run. users: null learns from all; else from some, so that others can judge.
+
+    tables: null = `TablesConfig` as it is, where ranks share tables out.
+    """
 
     data: DataConfig
     model: ModelConfig
@@ -48,6 +68,7 @@ class RecsysConfig:
     optim: OptimConfig
     run: RunConfig
     ids: IdsConfig = field(default_factory=IdsConfig)
+    tables: TablesConfig | None = None
     session: SessionConfig = field(default_factory=SessionConfig)
     evaluation: RankingConfig = field(default_factory=RankingConfig)
     users: UsersConfig | None = None
@@ -180,6 +201,9 @@ def _semantic_ids(
         return SemanticIds.read(Path(config.ids.path), events.items), None, None
     folder = Path(config.run.output_dir) / "ids"
     ids, vectors, table = tokenise(events, config.ids.make, report)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        # Every rank makes the same ones; two that write would take the file from each other.
+        return ids, vectors, table
     folder.mkdir(parents=True, exist_ok=True)
     ids.write(folder / "index.json")
     write_json(folder / "made_of.json", {"fingerprint": events.fingerprint, "items": len(ids.items)})

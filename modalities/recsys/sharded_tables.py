@@ -128,6 +128,8 @@ def shard(
     ValueError when torchrec is not installed, torch.distributed is not initialised, the module has no tables
     of torchrec, or a setting does not go with the optimizer.
     """
+    # accelerate says cpu:0, to which DDP would move the parameters, away from fbgemm's own memory.
+    device = torch.device("cpu") if device.type == "cpu" else device
     kind, settings = _fused(optimizer, lr, eps)
     if odd := [s for s in sharding if s not in SHARDINGS]:
         raise ValueError(f"sharding={', '.join(odd)}; valid: {', '.join(SHARDINGS)}")
