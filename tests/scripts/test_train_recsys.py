@@ -35,6 +35,7 @@ def words(folder, events, **options):
         "model.heads": 2,
         "model.kernel": "chunked",
         "model.dropout": 0.0,
+        "model.decoder_dropout": "null",
         "ids.make.codebook_size": 4,
         "ids.make.dim": 8,
         "ids.make.levels": 2,
