@@ -114,7 +114,7 @@ def recsys(folder: Path) -> tuple[int, Path]:
         (
             train_recsys.main,
             [
-                *("--config", str(RECIPES / "recsys" / "movielens_sessions.yaml"), "--optim.num_epochs", "4"),
+                *("--config", str(RECIPES / "recsys" / "movielens_sessions.yaml"), "--optim.num_epochs", "3"),
                 *("--run.output_dir", str(base)),
             ],
         ),
