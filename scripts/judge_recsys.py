@@ -10,7 +10,6 @@ folder `output` gets report.html, results.json and verdict.png.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -56,14 +55,13 @@ from triptych.scripts.common import (
 )
 from triptych.training.atomic import write_json
 from triptych.training.quarantine import Quarantine
-from triptych.training.report import Figure, Table, write_report
+from triptych.training.report import Figure, Table, png, write_report
 from triptych.training.stats import Estimate
 
 BY_REWARD, BY_ITEMS, UPPER = "base, best by reward", "base, best by item means", "base, best by oracle"
 COLUMNS = {
     "gold": "gold",
     "gold - base": "over the base",
-    "gold - control": "over the control",
     "drawn gold - base": "of samples, over the base",
     "best of beams - base": "best of beams, over the base",
     "reward - base": "reward model, over the base",
@@ -216,7 +214,6 @@ FIGURE_NOTE = (
 def _figure(arms: Mapping[str, Arm]) -> bytes:
     """Gold and reward gains against KL, as PNG."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=(11, 3.8), layout="constrained")
@@ -237,9 +234,7 @@ def _figure(arms: Mapping[str, Arm]) -> bytes:
         axes.axhline(0, color="0.7", linewidth=0.8)
         axes.grid(alpha=0.3)
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    buffer = io.BytesIO()
-    FigureCanvasAgg(canvas).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(canvas)
 
 
 def _shown(

@@ -9,7 +9,6 @@ learn, <output>/oracle and <output>/other_oracle, which only `judge_recsys.py` m
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,7 @@ from triptych.scripts.common import (
 )
 from triptych.training.order import key
 from triptych.training.quarantine import Quarantine
-from triptych.training.report import Figure, Table, write_report
+from triptych.training.report import Figure, Table, png, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +116,6 @@ def _splits(logs: LoggedSessions) -> Table:
 
 def _exposure(logs: LoggedSessions, events: Interactions) -> bytes:
     """Times shown and events of each item, most popular first, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     count_I = torch.bincount(events.item_E, minlength=len(events.items))
@@ -131,9 +129,7 @@ def _exposure(logs: LoggedSessions, events: Interactions) -> bytes:
     axes.set_yscale("symlog")
     axes.legend()
     axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(canvas).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(canvas)
 
 
 def _text(value: object) -> str:

@@ -10,7 +10,6 @@ last two take no part.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,7 @@ from triptych.scripts.common import (
     versions,
 )
 from triptych.training.quarantine import Quarantine
-from triptych.training.report import Figure, Table, write_report
+from triptych.training.report import Figure, Table, png, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,6 @@ def _neighbours(ids: SemanticIds, titles: Sequence[str], num: int) -> Table:
 
 def _usage(ids: SemanticIds) -> bytes:
     """Items of each code, sorted, a line a level, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     figure = Canvas(figsize=(7, 3.2), layout="constrained")
@@ -101,9 +99,7 @@ def _usage(ids: SemanticIds) -> bytes:
     axes.set_ylabel("items")
     axes.legend()
     axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def main(args: Sequence[str] | None = None) -> int:

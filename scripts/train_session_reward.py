@@ -8,7 +8,6 @@ tower beside what the base rate and the items' means reach.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,7 +41,7 @@ from triptych.scripts.common import (
     versions,
 )
 from triptych.training.quarantine import Quarantine
-from triptych.training.report import Figure, Table, write_report
+from triptych.training.report import Figure, Table, png, write_report
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +151,6 @@ def _epochs(trained: TrainedReward) -> Table:
 
 def _reliability(trained: TrainedReward, logs: LoggedSessions) -> bytes:
     """Mean response against mean probability in tenths of the validation sessions, a line a tower, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     towers = trained.ensemble.towers
@@ -174,9 +172,7 @@ def _reliability(trained: TrainedReward, logs: LoggedSessions) -> bytes:
     axes.set_ylabel("response")
     axes.legend()
     axes.grid(alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(canvas).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(canvas)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """report.html: everything a run shows people, in one file that needs nothing else and runs nothing."""
 
 import base64
+import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from triptych.training.logs import read_metrics
 from triptych.training.redaction import printable, redact
 from triptych.training.stats import Estimate
 
-__all__ = ["Curve", "Figure", "SamplePair", "Table", "render_curves", "write_report"]
+__all__ = ["Curve", "Figure", "SamplePair", "Table", "png", "render_curves", "write_report"]
 
 # Longer texts are cut, with the number of characters named: a report is read, not searched.
 _MAX_TEXT = 8_000
@@ -67,6 +68,15 @@ class _Cell:
     text: str
     interval: str = ""
     numeric: bool = False
+
+
+def png(drawing: Any) -> bytes:
+    """A matplotlib figure as PNG; nothing in it but the drawing, so the same one gives the same bytes."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    FigureCanvasAgg(drawing).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def write_report(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from triptych.modalities.recsys.beams import Beams
 from triptych.modalities.recsys.ranked import RankingConfig
 from triptych.modalities.recsys.ranking import coverage, diversity, popularity_share, repeats
-from triptych.training.report import Table
+from triptych.training.report import Table, png
 from triptych.training.stats import Estimate, bootstrap_interval, paired_difference
 
 Rows = Mapping[str, Sequence[Mapping[str, Tensor]]]
@@ -123,7 +122,6 @@ def ranking_note(config: RankingConfig, switches: Sequence[str]) -> str:
 
 def ranking_figure(rows: Rows, metric: str) -> bytes:
     """One metric of every recommender with its interval, best on top, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     found = [(name, bootstrap_interval(_over_seeds(seeds, metric), seed=0)) for name, seeds in rows.items()]
@@ -140,9 +138,7 @@ def ranking_figure(rows: Rows, metric: str) -> bytes:
     axes.set_ylim(-0.6, len(found) - 0.3)
     axes.set_xlabel(f"{metric}, 95 % interval over users")
     axes.grid(axis="x", alpha=0.3)
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
-    return buffer.getvalue()
+    return png(figure)
 
 
 def _over_seeds(seeds: Sequence[Mapping[str, Tensor]], name: str) -> Tensor:
